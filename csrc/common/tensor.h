@@ -1,0 +1,116 @@
+// What every operator's entry needs: tensors of the stable ABI, checks whose messages name the operator, the
+// argument, what was expected and what came, and dispatch over element types.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace convnext_kernels {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline std::string describe(ScalarType type) {
+  return torch::headeronly::toString(type);
+}
+
+inline std::string describe(torch::headeronly::IntHeaderOnlyArrayRef numbers) {
+  std::ostringstream out;
+  out << '(';
+  for (size_t i = 0; i < numbers.size(); ++i) out << (i ? ", " : "") << numbers[i];
+  out << ')';
+  return out.str();
+}
+
+// Raises RuntimeError in Python.
+[[noreturn]] inline void fail(const char* op, const char* argument, const std::string& expected,
+                              const std::string& got) {
+  throw std::runtime_error(std::string("convnext_kernels::") + op + ": argument '" + argument + "': expected " +
+                           expected + ", got " + got);
+}
+
+inline bool is_supported(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
+         type == ScalarType::BFloat16;
+}
+
+// fp64 accumulates in fp64, everything else in fp32.
+inline ScalarType accumulation_type(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_dtype(const char* op, const char* argument, const Tensor& tensor) {
+  if (!is_supported(tensor.scalar_type()))
+    fail(op, argument, "a tensor of float32, float64, float16 or bfloat16", describe(tensor.scalar_type()));
+}
+
+inline void check_rank(const char* op, const char* argument, const Tensor& tensor, int64_t rank) {
+  if (tensor.dim() != rank)
+    fail(op, argument, "a tensor of rank " + std::to_string(rank),
+         "rank " + std::to_string(tensor.dim()) + " with shape " + describe(tensor.sizes()));
+}
+
+inline void check_shape(const char* op, const char* argument, const Tensor& tensor, const std::vector<int64_t>& shape) {
+  const torch::headeronly::IntHeaderOnlyArrayRef expected(shape.data(), shape.size());
+  bool same = static_cast<size_t>(tensor.dim()) == shape.size();
+  for (size_t i = 0; same && i < shape.size(); ++i) same = tensor.size(static_cast<int64_t>(i)) == shape[i];
+  if (!same) fail(op, argument, "shape " + describe(expected), "shape " + describe(tensor.sizes()));
+}
+
+inline void check_cpu(const char* op, const char* argument, const Tensor& tensor) {
+  if (!tensor.is_cpu()) fail(op, argument, "a CPU tensor like the other arguments", "a tensor on another device");
+}
+
+// Strides of a dense (N, C, H, W) tensor whose memory runs N, H, W, C. A dimension of size 1 may have any stride.
+inline bool is_channels_last(const Tensor& tensor) {
+  if (tensor.dim() != 4) return false;
+  const auto size = tensor.sizes();
+  const auto stride = tensor.strides();
+  int64_t expected = 1;
+  for (int dim : {1, 3, 2, 0}) {
+    if (size[dim] != 1 && stride[dim] != expected) return tensor.numel() == 0;
+    expected *= size[dim];
+  }
+  return true;
+}
+
+inline void check_channels_last(const char* op, const char* argument, const Tensor& tensor) {
+  check_rank(op, argument, tensor, 4);
+  if (!is_channels_last(tensor))
+    fail(op, argument, "a dense channels-last (NHWC) tensor", "strides " + describe(tensor.strides()));
+}
+
+inline void check_contiguous(const char* op, const char* argument, const Tensor& tensor) {
+  if (!tensor.is_contiguous()) fail(op, argument, "a contiguous tensor", "strides " + describe(tensor.strides()));
+}
+
+// Fresh tensors on `like`'s device. `like` is only asked for its device, so it may be any of the arguments.
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()), type);
+}
+
+inline Tensor zeros(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
+  return torch::stable::new_zeros(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()), type);
+}
+
+inline Tensor empty_channels_last(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()), type, std::nullopt,
+                              like.device(), std::nullopt, MemoryFormat::ChannelsLast);
+}
+
+// A small parameter as a contiguous tensor of the accumulation type.
+inline Tensor as_type(const Tensor& tensor, ScalarType type) {
+  return torch::stable::contiguous(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
+}
+
+}  // namespace convnext_kernels
