@@ -1,0 +1,152 @@
+// Layer normalisation on the CPU, row by row, a vector of channels at a time. Compiled once per capability.
+#include "layer_norm/cpu_kernels.h"
+
+#include "common/cpu_loops.h"
+
+namespace convnext_kernels::CPU_CAPABILITY {
+namespace {
+
+template <class X, class Y, class A>
+CK_INLINE void normalise_row(int64_t channels, const X* x, A mean, A rstd, const A* weight, const A* bias, Y* y) {
+  for_columns<A>(channels, [&](int64_t c, auto part) {
+    Vector<A> value = (load(x + c, part) - mean) * rstd;
+    if (weight) value *= load(weight + c, part);
+    if (bias) value += load(bias + c, part);
+    store(y + c, value, part);
+  });
+}
+
+template <class X, class Y>
+void forward_as(int64_t rows, int64_t channels, double eps, const X* x, const void* weights, const void* biases, Y* y,
+                void* means, void* rstds) {
+  using A = Accumulation<X>;
+  const auto* weight = static_cast<const A*>(weights);
+  const auto* bias = static_cast<const A*>(biases);
+  const A count = static_cast<A>(channels);
+  for (int64_t row = 0; row < rows; ++row, x += channels, y += channels) {
+    Vector<A> sum{}, squares{};
+    for_columns<A>(channels, [&](int64_t c, auto part) { sum += load(x + c, part); });
+    const A mean = horizontal_sum<A>(sum) / count;
+    // A pass of its own for the variance: E[x^2] - E[x]^2 would cancel.
+    for_columns<A>(channels, [&](int64_t c, auto part) {
+      const Vector<A> centred = existing<A>(load(x + c, part) - mean, part);
+      squares += centred * centred;
+    });
+    const A variance = horizontal_sum<A>(squares) / count + static_cast<A>(eps);
+    A rstd;
+    if constexpr (__is_same(A, double)) {
+      rstd = 1 / __builtin_sqrt(variance);
+    } else {
+      rstd = 1 / __builtin_sqrtf(variance);
+    }
+    normalise_row(channels, x, mean, rstd, weight, bias, y);
+    static_cast<A*>(means)[row] = mean;
+    static_cast<A*>(rstds)[row] = rstd;
+  }
+}
+
+void forward(Element x_type, Element y_type, int64_t rows, int64_t channels, double eps, const void* x,
+             const void* weight, const void* bias, void* y, void* mean, void* rstd) {
+  with_element(x_type, [&](auto x_tag) {
+    using X = typename decltype(x_tag)::type;
+    with_element_of<Accumulation<X>>(y_type, [&](auto y_tag) {
+      using Y = typename decltype(y_tag)::type;
+      forward_as(rows, channels, eps, static_cast<const X*>(x), weight, bias, static_cast<Y*>(y), mean, rstd);
+    });
+  });
+}
+
+template <class X, class Y>
+void normalise_as(int64_t rows, int64_t channels, const X* x, const void* means, const void* rstds, const void* weights,
+                  const void* biases, Y* y) {
+  using A = Accumulation<X>;
+  for (int64_t row = 0; row < rows; ++row)
+    normalise_row(channels, x + row * channels, static_cast<const A*>(means)[row], static_cast<const A*>(rstds)[row],
+                  static_cast<const A*>(weights), static_cast<const A*>(biases), y + row * channels);
+}
+
+void normalise(Element x_type, Element y_type, int64_t rows, int64_t channels, const void* x, const void* mean,
+               const void* rstd, const void* weight, const void* bias, void* y) {
+  with_element(x_type, [&](auto x_tag) {
+    using X = typename decltype(x_tag)::type;
+    with_element_of<Accumulation<X>>(y_type, [&](auto y_tag) {
+      using Y = typename decltype(y_tag)::type;
+      normalise_as(rows, channels, static_cast<const X*>(x), mean, rstd, weight, bias, static_cast<Y*>(y));
+    });
+  });
+}
+
+// With n = (x - mean) * rstd and s = grad * weight: grad_x = rstd * (s - mean(s) - n * mean(s * n)).
+template <class G, class X>
+void backward_as(int64_t rows, int64_t channels, const G* grad, const X* x, const void* means, const void* rstds,
+                 const void* weights, X* grad_x, void* weight_sum, void* bias_sum) {
+  using A = Accumulation<X>;
+  const auto* weight = static_cast<const A*>(weights);
+  auto* weight_sums = static_cast<A*>(weight_sum);
+  auto* bias_sums = static_cast<A*>(bias_sum);
+  const A count = static_cast<A>(channels);
+  for (int64_t row = 0; row < rows; ++row, grad += channels, x += channels) {
+    const A mean = static_cast<const A*>(means)[row], rstd = static_cast<const A*>(rstds)[row];
+    Vector<A> sum{}, product{};
+    for_columns<A>(channels, [&](int64_t c, auto part) {
+      const Vector<A> g = load(grad + c, part);
+      const Vector<A> n = (load(x + c, part) - mean) * rstd;
+      const Vector<A> s = weight ? g * load(weight + c, part) : g;
+      sum += s;
+      // Where lanes do not exist s is 0 and n finite, unless the statistics are not.
+      product += existing<A>(s * n, part);
+      if (weight_sums) add_to(weight_sums + c, g * n, part);
+      if (bias_sums) add_to(bias_sums + c, g, part);
+    });
+    if (!grad_x) continue;
+    const A mean_sum = horizontal_sum<A>(sum) / count, mean_product = horizontal_sum<A>(product) / count;
+    for_columns<A>(channels, [&](int64_t c, auto part) {
+      const Vector<A> n = (load(x + c, part) - mean) * rstd;
+      Vector<A> s = load(grad + c, part);
+      if (weight) s *= load(weight + c, part);
+      store(grad_x + c, (s - mean_sum - n * mean_product) * rstd, part);
+    });
+    grad_x += channels;
+  }
+}
+
+void backward(Element grad_type, Element x_type, int64_t rows, int64_t channels, const void* grad, const void* x,
+              const void* mean, const void* rstd, const void* weight, void* grad_x, void* weight_sums,
+              void* bias_sums) {
+  with_element(x_type, [&](auto x_tag) {
+    using X = typename decltype(x_tag)::type;
+    with_element_of<Accumulation<X>>(grad_type, [&](auto grad_tag) {
+      using G = typename decltype(grad_tag)::type;
+      backward_as(rows, channels, static_cast<const G*>(grad), static_cast<const X*>(x), mean, rstd, weight,
+                  static_cast<X*>(grad_x), weight_sums, bias_sums);
+    });
+  });
+}
+
+// In double, so that a long row of partial sums adds no error of its own.
+template <class A>
+void sum_parts_as(int64_t parts, int64_t columns, const A* partial_sums, bool add, A* result) {
+  constexpr int64_t kBlock = 64;
+  for (int64_t first = 0; first < columns; first += kBlock) {
+    const int64_t count = columns - first < kBlock ? columns - first : kBlock;
+    double sums[kBlock] = {};
+    for (int64_t part = 0; part < parts; ++part)
+      for (int64_t i = 0; i < count; ++i) sums[i] += static_cast<double>(partial_sums[part * columns + first + i]);
+    for (int64_t i = 0; i < count; ++i)
+      result[first + i] = static_cast<A>(add ? static_cast<double>(result[first + i]) + sums[i] : sums[i]);
+  }
+}
+
+void sum_parts(Element type, int64_t parts, int64_t columns, const void* partial_sums, bool add, void* result) {
+  if (type == Element::kFloat64) {
+    sum_parts_as(parts, columns, static_cast<const double*>(partial_sums), add, static_cast<double*>(result));
+  } else {
+    sum_parts_as(parts, columns, static_cast<const float*>(partial_sums), add, static_cast<float*>(result));
+  }
+}
+
+}  // namespace
+
+extern const LayerNormKernels layer_norm_kernels = {forward, normalise, backward, sum_parts};
+
+}  // namespace convnext_kernels::CPU_CAPABILITY

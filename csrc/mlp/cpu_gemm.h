@@ -1,0 +1,35 @@
+// PyTorch's own matrix products. Call them from the operator's thread only: they bring their threads along, and the
+// workers of a parallel loop do not inherit the state that PyTorch's dispatcher looks at.
+#pragma once
+#include "common/tensor.h"
+
+namespace convnext_kernels {
+
+inline Tensor transposed(const Tensor& matrix) {
+  return torch::stable::transpose(matrix, 0, 1);
+}
+
+// The first `rows` rows of `matrix`, from row `first` on.
+inline Tensor rows_of(const Tensor& matrix, int64_t first, int64_t rows) {
+  Tensor whole = matrix;
+  return torch::stable::narrow(whole, 0, first, rows);
+}
+
+// result = a b. None of the tensors may be part of an autograd graph.
+inline void matmul_into(const Tensor& result, const Tensor& a, const Tensor& b) {
+  StableIValue stack[3] = {torch::stable::detail::from(a), torch::stable::detail::from(b),
+                           torch::stable::detail::from(result)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // takes over the returned reference
+}
+
+// result = x weight^T + bias, rounded once.
+inline void linear_into(const Tensor& result, const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  if (!bias) return matmul_into(result, x, transposed(weight));
+  StableIValue stack[4] = {torch::stable::detail::from(x), torch::stable::detail::from(weight),
+                           torch::stable::detail::from(bias), torch::stable::detail::from(result)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack, TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+}  // namespace convnext_kernels

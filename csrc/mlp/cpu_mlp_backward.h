@@ -1,0 +1,351 @@
+// The backward of layer_norm_mlp on the CPU. Included by cpu.cpp alone.
+#pragma once
+#include <cstring>
+
+#include "mlp/cpu_mlp.h"
+
+namespace convnext_kernels {
+
+// The results of layer_norm_mlp_backward, and the bits of output_mask.
+enum MlpGradient {
+  kGradZ,
+  kGradNormWeight,
+  kGradNormBias,
+  kGradFc1Weight,
+  kGradFc1Bias,
+  kGradGrnWeight,
+  kGradGrnBias,
+  kGradFc2Weight,
+  kGradFc2Bias,
+  kGradLayerScale,
+  kMlpGradients
+};
+
+// The gradient of a weight: products of matrices, added up over chunks in the accumulation type.
+class WeightGradient {
+ public:
+  WeightGradient(const Tensor& sum, ScalarType product_type) : sum_(sum), product_type_(product_type) {}
+
+  void add_product(const Tensor& a, const Tensor& b) {
+    if (first_ && product_type_ == sum_.scalar_type()) {
+      matmul_into(sum_, a, b);
+    } else {
+      if (!product_) product_ = empty(sum_, shape_of(sum_), product_type_);
+      matmul_into(*product_, a, b);
+      const Elements product(*product_), sum(sum_);
+      torch::stable::parallel_for(0, sum_.numel(), 1 << 15, [&](int64_t begin, int64_t end) {
+        mlp_kernels().accumulate(product.type(), end - begin, product.at(begin), !first_, sum.at(begin));
+      });
+    }
+    first_ = false;
+  }
+
+ private:
+  Tensor sum_;
+  ScalarType product_type_;
+  OptionalTensor product_;
+  bool first_ = true;
+};
+
+// One call of the operator. Per chunk: the normalised rows a, h = a W1^T + b1, then from the output back
+//   branch = scale * layer_scale * grad,  dg = branch W2,  g and dh = dg * gelu'(h) in place of h and dg,
+//   dW2 += branch^T g,  dW1 += dh^T a,  da = dh W1,  and LayerNorm's backward.
+//
+// The gradient of layer scale is sum grad * scale * (g W2^T + b2), without the branch's result at hand. In fp32 and
+// fp64 it comes from G = (scale * grad)^T g, of which dW2 is layer_scale * G: it is sum_k W2 G + b2 * sum(scale *
+// grad). Then dg takes W2 scaled by layer_scale. In 16 bits G would be rounded too coarsely, so that g W2^T + b2 is
+// computed again.
+class MlpBackward {
+ public:
+  MlpBackward(const Tensor& grad, const Tensor& z, const Tensor& mean, const Tensor& rstd, const Tensor& hidden,
+              const MlpParameters& given, const std::string& approximate, int64_t mask)
+      : mlp_(kName, z, given),
+        p_(mlp_.parameters),
+        like_(z),
+        tanh_(is_tanh(kName, approximate)),
+        kernels_(mlp_kernels()),
+        type_(element_of(mlp_.type)) {
+    check_activation(kName, "grad", grad);
+    check_shape(kName, "grad", grad, shape_of(z));
+    check_like(kName, "mean", mean, shape_without_last(z), mlp_.accumulation);
+    check_like(kName, "rstd", rstd, shape_without_last(z), mlp_.accumulation);
+    const bool has_hidden = hidden.dim() != 1;  // without it, shape (0)
+    if (has_hidden) check_like(kName, "hidden", hidden, shape_with_last(z, mlp_.hidden), mlp_.type);
+    if (mask < 0 || mask >> kMlpGradients)
+      fail(kName, "output_mask", "bits 0 to " + std::to_string(kMlpGradients - 1), std::to_string(mask));
+
+    const bool same = accumulation_type(grad.scalar_type()) == mlp_.accumulation;
+    grad_tensor_ = same ? grad : torch::stable::to(detach(grad), mlp_.accumulation);
+    grad_ = Elements(*grad_tensor_);
+    z_ = Elements(z);
+    mean_ = Elements(mean);
+    rstd_ = Elements(rstd);
+    if (has_hidden) kept_ = Elements(hidden);
+    allocate_results(mask);
+
+    wants_norm_ = wants(kGradZ) || wants(kGradNormWeight) || wants(kGradNormBias);
+    wants_grad_hidden_ = wants_norm_ || wants(kGradFc1Weight) || wants(kGradFc1Bias);
+    wants_grad_activated_ = wants_grad_hidden_ || wants(kGradGrnWeight) || wants(kGradGrnBias);
+    wants_activated_ = wants(kGradFc2Weight) || wants(kGradLayerScale);
+    by_weights_ = wants(kGradLayerScale) && mlp_.type == mlp_.accumulation;
+    wants_branch_grad_ = wants_grad_activated_ || wants(kGradFc2Weight) || wants(kGradFc2Bias) || by_weights_;
+  }
+
+  std::vector<Tensor> run() {
+    // Four buffers, and no more than as much again for the rest.
+    const int64_t row_bytes = 4 * (mlp_.channels + mlp_.hidden) * static_cast<int64_t>(like_.element_size());
+    const auto chunks = mlp_.chunks(row_bytes);
+    if (chunks.empty()) return results_;
+    allocate_workspace(chunks);
+    for (const Chunk& chunk : chunks) run_chunk(chunk);
+    if (by_weights_) finish_by_weights();
+    return results_;
+  }
+
+ private:
+  static constexpr const char* kName = "layer_norm_mlp_backward";
+
+  bool wants(MlpGradient gradient) const { return wanted_[gradient]; }
+
+  void allocate_results(int64_t mask) {
+    const int64_t c = mlp_.channels, k = mlp_.hidden;
+    const std::vector<int64_t> shapes[] = {shape_of(like_), {c}, {c}, {k, c}, {k}, {k}, {k}, {c, k}, {c}, {c}};
+    const bool exists[] = {true,
+                           p_.norm_weight.has_value(),
+                           p_.norm_bias.has_value(),
+                           true,
+                           p_.fc1_bias.has_value(),
+                           p_.grn_weight.has_value(),
+                           p_.grn_bias.has_value(),
+                           true,
+                           p_.fc2_bias.has_value(),
+                           p_.layer_scale.has_value()};
+    for (int i = 0; i < kMlpGradients; ++i) {
+      wanted_[i] = exists[i] && (mask >> i & 1);
+      if (!wanted_[i]) {
+        results_.push_back(empty(like_, {0}, mlp_.accumulation));
+        continue;
+      }
+      // Rows of dropped samples are not written; nothing is where there are no rows.
+      const bool unwritten = mlp_.live.count() == 0 || (i == kGradZ && !mlp_.live.dropped_samples().empty());
+      const ScalarType type = i == kGradZ ? mlp_.type : mlp_.accumulation;
+      results_.push_back(unwritten ? zeros(like_, shapes[i], type) : empty(like_, shapes[i], type));
+    }
+  }
+
+  ColumnSums sums(bool wanted, int64_t parts, int64_t columns) const {
+    return ColumnSums(like_, wanted, parts, columns, mlp_.accumulation);
+  }
+
+  void allocate_workspace(const std::vector<Chunk>& chunks) {
+    const int64_t c = mlp_.channels, k = mlp_.hidden, rows = chunks.front().rows, groups = most_groups(chunks);
+    narrow_buffers_ = {empty(like_, {rows, c}, mlp_.type), empty(like_, {rows, c}, mlp_.type)};
+    hidden_buffers_ = {empty(like_, {rows, k}, mlp_.type), empty(like_, {rows, k}, mlp_.type)};
+    norm_weight_sums_ = sums(wants(kGradNormWeight), groups, c);
+    norm_bias_sums_ = sums(wants(kGradNormBias), groups, c);
+    fc1_bias_sums_ = sums(wants(kGradFc1Bias), groups, k);
+    branch_sums_ = sums(wants(kGradFc2Bias) || by_weights_, groups, c);
+    layer_scale_sums_ = sums(wants(kGradLayerScale) && !by_weights_, groups, c);
+    if (mlp_.grn_weight) {
+      const int64_t images = mlp_.images(chunks.front());
+      square_sums_ = sums(true, groups, k);
+      norms_ = sums(true, images, k);
+      product_sums_ = sums(true, groups, k);
+      products_ = sums(true, images, k);
+      grad_sums_ = sums(true, groups, k);
+      factors_ = sums(true, images, k);
+      feedback_ = sums(true, images, k);
+    }
+    if (wants(kGradFc1Weight)) fc1_weight_.emplace(results_[kGradFc1Weight], mlp_.type);
+    if (wants(kGradFc2Weight)) fc2_sum_ = results_[kGradFc2Weight];
+    if (wants(kGradFc2Bias)) branch_total_ = results_[kGradFc2Bias];
+    if (by_weights_) {
+      if (!fc2_sum_) fc2_sum_ = empty(like_, {c, k}, mlp_.accumulation);
+      if (!branch_total_) branch_total_ = empty(like_, {c}, mlp_.accumulation);
+      scaled_fc2_weight_ = empty(like_, {c, k}, mlp_.accumulation);
+      scale_by_layer(p_.fc2_weight, *scaled_fc2_weight_);
+    }
+    if (fc2_sum_) fc2_weight_.emplace(*fc2_sum_, mlp_.type);
+  }
+
+  void run_chunk(const Chunk& chunk) {
+    const Tensor normalised = rows_of(narrow_buffers_[0], 0, chunk.rows);
+    const Tensor branch = rows_of(narrow_buffers_[1], 0, chunk.rows);
+    const Tensor hidden = rows_of(hidden_buffers_[0], 0, chunk.rows);
+    const Tensor grad_hidden = rows_of(hidden_buffers_[1], 0, chunk.rows);
+
+    if (wants_grad_hidden_ || wants_activated_ || wants(kGradGrnWeight)) compute_hidden(chunk, normalised, hidden);
+    if (wants_branch_grad_) compute_branch_grad(chunk, branch);
+    if (wants_grad_activated_) matmul_into(grad_hidden, branch, by_weights_ ? *scaled_fc2_weight_ : p_.fc2_weight);
+    if (mlp_.grn_weight) compute_grn(chunk, hidden, grad_hidden);
+    if (wants_grad_hidden_ || wants_activated_) compute_activation(chunk, hidden, grad_hidden);
+
+    if (fc2_weight_) fc2_weight_->add_product(transposed(branch), hidden);
+    if (layer_scale_sums_) compute_layer_scale(chunk, hidden, branch);
+    if (fc1_weight_) fc1_weight_->add_product(transposed(grad_hidden), normalised);
+    if (wants_norm_) {
+      matmul_into(branch, grad_hidden, p_.fc1_weight);
+      compute_norm(chunk, branch);
+    }
+  }
+
+  // The normalised rows where something needs them, and the hidden rows: computed again unless they were kept.
+  void compute_hidden(const Chunk& chunk, const Tensor& normalised, const Tensor& hidden) const {
+    const int64_t c = mlp_.channels, k = mlp_.hidden;
+    if (!kept_ || fc1_weight_) {
+      const Elements to(normalised);
+      mlp_.for_each_run(chunk, [&](const Run& run) {
+        layer_norm_kernels().normalise(type_, type_, run.rows, c, z_.at(run.position * c), mean_.at(run.position),
+                                       rstd_.at(run.position), mlp_.norm_weight.at(0), mlp_.norm_bias.at(0),
+                                       to.at(run.row * c));
+      });
+    }
+    if (!kept_) {
+      linear_into(hidden, normalised, p_.fc1_weight, p_.fc1_bias);
+    } else {
+      const Elements to(hidden);
+      const size_t row_bytes = static_cast<size_t>(k) * hidden.element_size();
+      mlp_.for_each_run(chunk, [&](const Run& run) {
+        std::memcpy(to.at(run.row * k), kept_.at(run.position * k), static_cast<size_t>(run.rows) * row_bytes);
+      });
+    }
+  }
+
+  void compute_branch_grad(const Chunk& chunk, const Tensor& branch) const {
+    const int64_t c = mlp_.channels;
+    const Elements to(branch);
+    const void* layer_scale = by_weights_ ? nullptr : mlp_.layer_scale.at(0);
+    mlp_.for_each_run(chunk, [&](const Run& run) {
+      kernels_.branch_grad(grad_.type(), type_, run.rows, c, grad_.at(run.position * c), layer_scale, run.scale,
+                           to.at(run.row * c), branch_sums_.part(run.group, run.first));
+    });
+    if (branch_sums_) branch_sums_.finish(chunk.groups.count, chunk.first > 0, *branch_total_);
+  }
+
+  HiddenRows hidden_rows(int64_t begin, int64_t end, const Elements& hidden, const Elements& grad) const {
+    const int64_t k = mlp_.hidden;
+    HiddenRows rows{};
+    rows.type = type_;
+    rows.tanh = tanh_;
+    rows.rows = end - begin;
+    rows.columns = k;
+    rows.x = hidden.at(begin * k);
+    rows.grad = grad.at(begin * k);
+    return rows;
+  }
+
+  // GRN's norms, the gradients of its parameters, and what its backward multiplies with.
+  void compute_grn(const Chunk& chunk, const Tensor& hidden, const Tensor& grad) {
+    const Elements from(hidden), grads = wants_grad_activated_ ? Elements(grad) : Elements();
+    for_each_group(chunk.groups, [&](int64_t group, int64_t begin, int64_t end) {
+      kernels_.grn_backward_sums(
+          hidden_rows(begin, end, from, grads),
+          {square_sums_.part(group, true), product_sums_.part(group, true), grad_sums_.part(group, true)});
+    });
+    const int64_t parts = chunk.groups.groups_per_block;
+    mlp_.for_each_image(chunk, [&](int64_t image, int64_t group, const auto* weight) {
+      square_sums_.sum(group, parts, norms_.part(image));
+      product_sums_.sum(group, parts, products_.part(image));
+      grn_gradients(mlp_.hidden, weight, norms_.part(image), products_.part(image), factors_.part(image),
+                    feedback_.part(image));
+    });
+    if (wants(kGradGrnWeight)) products_.finish(mlp_.images(chunk), chunk.first > 0, results_[kGradGrnWeight]);
+    if (wants(kGradGrnBias)) grad_sums_.finish(chunk.groups.count, chunk.first > 0, results_[kGradGrnBias]);
+  }
+
+  // g' in place of h, dh in place of dg.
+  void compute_activation(const Chunk& chunk, const Tensor& hidden, const Tensor& grad) const {
+    const int64_t k = mlp_.hidden;
+    const Elements values(hidden), grads = wants_grad_hidden_ ? Elements(grad) : Elements();
+    for_each_group(chunk.groups, [&](int64_t group, int64_t begin, int64_t end) {
+      HiddenRows rows = hidden_rows(begin, end, values, grads);
+      rows.result = wants_activated_ ? values.at(begin * k) : nullptr;
+      rows.grad_x = grads.at(begin * k);
+      rows.grad_sums = fc1_bias_sums_.part(group, true);
+      if (mlp_.grn_weight) {
+        const int64_t image = group / chunk.groups.groups_per_block;
+        rows.factors = factors_.part(image);
+        rows.grn_bias = mlp_.grn_bias.at(0);
+        rows.feedback = feedback_.part(image);
+      }
+      kernels_.gelu_backward(rows);
+    });
+    if (fc1_bias_sums_) fc1_bias_sums_.finish(chunk.groups.count, chunk.first > 0, results_[kGradFc1Bias]);
+  }
+
+  // With the branch's result computed again; it overwrites `branch`.
+  void compute_layer_scale(const Chunk& chunk, const Tensor& activated, const Tensor& branch) const {
+    const int64_t c = mlp_.channels;
+    linear_into(branch, activated, p_.fc2_weight, p_.fc2_bias);
+    const Elements from(branch);
+    mlp_.for_each_run(chunk, [&](const Run& run) {
+      kernels_.layer_scale_grad(grad_.type(), type_, run.rows, c, grad_.at(run.position * c), from.at(run.row * c),
+                                run.scale, layer_scale_sums_.part(run.group, run.first));
+    });
+    layer_scale_sums_.finish(chunk.groups.count, chunk.first > 0, results_[kGradLayerScale]);
+  }
+
+  void compute_norm(const Chunk& chunk, const Tensor& grad_normalised) const {
+    const int64_t c = mlp_.channels;
+    const Elements from(grad_normalised), to = wants(kGradZ) ? Elements(results_[kGradZ]) : Elements();
+    mlp_.for_each_run(chunk, [&](const Run& run) {
+      layer_norm_kernels().backward(type_, type_, run.rows, c, from.at(run.row * c), z_.at(run.position * c),
+                                    mean_.at(run.position), rstd_.at(run.position), mlp_.norm_weight.at(0),
+                                    to.at(run.position * c), norm_weight_sums_.part(run.group, run.first),
+                                    norm_bias_sums_.part(run.group, run.first));
+    });
+    if (norm_weight_sums_) norm_weight_sums_.finish(chunk.groups.count, chunk.first > 0, results_[kGradNormWeight]);
+    if (norm_bias_sums_) norm_bias_sums_.finish(chunk.groups.count, chunk.first > 0, results_[kGradNormBias]);
+  }
+
+  // result (C, K) = layer_scale[:, None] * matrix; in place where they are the same.
+  void scale_by_layer(const Tensor& matrix, const Tensor& result) const {
+    const int64_t k = mlp_.hidden;
+    const Elements from(matrix), to(result);
+    torch::stable::parallel_for(0, mlp_.channels, 16, [&](int64_t begin, int64_t end) {
+      kernels_.scale_rows(from.type(), end - begin, k, from.at(begin * k), mlp_.layer_scale.at(begin),
+                          to.at(begin * k));
+    });
+  }
+
+  // fc2_sum_ holds G, branch_total_ the sum of scale * grad.
+  void finish_by_weights() const {
+    const int64_t c = mlp_.channels, k = mlp_.hidden;
+    const Elements weight(p_.fc2_weight), bias(p_.fc2_bias), sum(*fc2_sum_), total(*branch_total_);
+    const Elements grad_scale(results_[kGradLayerScale]);
+    torch::stable::parallel_for(0, c, 16, [&](int64_t begin, int64_t end) {
+      kernels_.dot_rows(type_, end - begin, k, weight.at(begin * k), sum.at(begin * k), grad_scale.at(begin));
+    });
+    if (bias) kernels_.add_product(type_, c, bias.at(0), total.at(0), grad_scale.at(0));
+    if (wants(kGradFc2Weight)) scale_by_layer(*fc2_sum_, *fc2_sum_);
+    if (wants(kGradFc2Bias)) kernels_.scale_rows(type_, c, 1, total.at(0), mlp_.layer_scale.at(0), total.at(0));
+  }
+
+  const Mlp mlp_;
+  const MlpParameters& p_;
+  const Tensor like_;
+  const bool tanh_;
+  const MlpKernels& kernels_;
+  const Element type_;
+
+  OptionalTensor grad_tensor_;
+  Elements grad_, z_, mean_, rstd_, kept_;
+  std::vector<Tensor> results_;
+
+  bool wanted_[kMlpGradients];
+  bool wants_norm_;            // something of LayerNorm's backward
+  bool wants_grad_hidden_;     // dh
+  bool wants_grad_activated_;  // dg
+  bool wants_activated_;       // g, or GRN(g)
+  bool wants_branch_grad_;
+  bool by_weights_;  // the gradient of layer scale comes from G, and `branch` and its sums are without layer scale
+
+  std::vector<Tensor> narrow_buffers_, hidden_buffers_;
+  ColumnSums norm_weight_sums_, norm_bias_sums_, fc1_bias_sums_, branch_sums_, layer_scale_sums_;
+  ColumnSums square_sums_, product_sums_, grad_sums_;  // of GRN, per group
+  ColumnSums norms_, products_, factors_, feedback_;   // and per image
+  OptionalTensor fc2_sum_, branch_total_, scaled_fc2_weight_;
+  std::optional<WeightGradient> fc1_weight_, fc2_weight_;
+};
+
+}  // namespace convnext_kernels
