@@ -1,0 +1,69 @@
+"""Fused ConvNeXt blocks for PyTorch: the same function and the same weights, faster and in a fraction of the memory.
+
+The main names::
+
+    FusedConvNeXtBlock     the drop-in block (V1, and V2 with use_grn=True)
+    fuse, unfuse           swap the blocks of a timm, torchvision, transformers or official ConvNeXt in place, and back
+    fusion_report          block by block: what was fused, and why not
+    use_backend            force a backend inside a `with` block
+
+and the operators the block is made of: depthwise_conv2d, layer_norm, bias_gelu, layer_norm_mlp, convnext_block.
+`convnext_kernels.reference` has each of them in plain PyTorch.
+"""
+
+import sys as _sys
+
+from . import native as _native
+from ._version import __version__
+
+try:
+    _native.load()
+except _native.NotBuiltError as _error:
+    # `python -m convnext_kernels` in an uncompiled checkout: one line, no traceback.
+    if _sys.argv[:1] == ["-m"] and "convnext_kernels" in _sys.orig_argv:
+        print(f"convnext-kernels: {_error}", file=_sys.stderr)
+        raise SystemExit(2) from None
+    raise
+
+from . import reference
+from .backends import use as use_backend
+from .block import FusedConvNeXtBlock
+from .convert import FusionEntry, FusionReport, fuse, fusion_report, unfuse
+from .native import build_info
+from .operators import (
+    BiasGeluFunction,
+    ConvNeXtBlockFunction,
+    DepthwiseConv2dFunction,
+    LayerNormFunction,
+    LayerNormMlpFunction,
+    bias_gelu,
+    convnext_block,
+    depthwise_conv2d,
+    layer_norm,
+    layer_norm_mlp,
+)
+from .reference import ReferenceConvNeXtBlock
+
+__all__ = [
+    "BiasGeluFunction",
+    "ConvNeXtBlockFunction",
+    "DepthwiseConv2dFunction",
+    "FusedConvNeXtBlock",
+    "FusionEntry",
+    "FusionReport",
+    "LayerNormFunction",
+    "LayerNormMlpFunction",
+    "ReferenceConvNeXtBlock",
+    "__version__",
+    "bias_gelu",
+    "build_info",
+    "convnext_block",
+    "depthwise_conv2d",
+    "fuse",
+    "fusion_report",
+    "layer_norm",
+    "layer_norm_mlp",
+    "reference",
+    "unfuse",
+    "use_backend",
+]

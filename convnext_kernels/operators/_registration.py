@@ -1,0 +1,78 @@
+"""How a raw operator of csrc/operators.cpp gets its fake implementation, its derivative and its fallback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, reference_backend
+
+__all__ = ["dense_channels_last", "differentiate", "differentiate_once", "fake", "implement_everywhere"]
+
+_library = torch.library.Library("convnext_kernels", "IMPL")
+
+
+def implement_everywhere(operator: str, function: Callable[..., Any]) -> None:
+    """`function` runs the operator on every device that has no kernel of its own, inference mode included."""
+    _library.impl(operator, function, "CompositeExplicitAutograd")
+
+
+def fake(operator: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers the shape, stride and dtype rule of an operator, and PyTorch's kernels for devices without ours."""
+    if operator in backends.OPERATORS:
+        implement_everywhere(operator, getattr(reference_backend, operator))
+    return torch.library.register_fake(f"convnext_kernels::{operator}", lib=_library)
+
+
+def dense_channels_last(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An empty (N, C, H, W) tensor whose memory runs N, H, W, C: what every operator returns."""
+    n, c, h, w = shape
+    return like.new_empty((n, h, w, c), dtype=dtype).permute(0, 3, 1, 2)
+
+
+def _requires_grad(arguments: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+
+
+def differentiate(operator: str, function: type[torch.autograd.Function], run: Callable[..., Any]) -> None:
+    """A raw call on tensors that require grad goes through `function`; any other goes to `run`, below autograd."""
+
+    def kernel(*arguments: Any) -> Any:
+        return function.apply(*arguments) if _requires_grad(arguments) else run(*arguments)
+
+    _library.impl(operator, kernel, "Autograd")
+
+
+class _Once(torch.autograd.Function):
+    """Runs a backward operator. Its own derivative raises, whatever the form of the double backward.
+
+    `once_differentiable` would return None silently where the incoming gradient does not require grad (a loss that is
+    linear in the output); here the edges to the saved tensors lead to the error.
+    """
+
+    @staticmethod
+    def forward(operator: str, run: Callable[..., Any], *arguments: Any) -> Any:
+        return run(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.operator = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            f"convnext_kernels::{ctx.operator}: double backward is not supported (create_graph=True was followed by "
+            "a derivative of the gradient); unfuse(model) first, or use convnext_kernels.reference"
+        )
+
+
+def differentiate_once(operator: str, run: Callable[..., Any]) -> None:
+    """For a backward operator: runs, and raises when it is differentiated itself."""
+
+    def kernel(*arguments: Any) -> Any:
+        return _Once.apply(operator, run, *arguments) if _requires_grad(arguments) else run(*arguments)
+
+    _library.impl(operator, kernel, "Autograd")
