@@ -1,0 +1,78 @@
+"""The CUDA sources compile for an old and a new architecture, and no kernel spills registers or uses a stack."""
+
+import re
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from build_tools import toolchain
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted(ROOT.glob("csrc/*/cuda.cu"))
+ARCHITECTURES = ["80", "120"]
+
+KERNEL = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for 'sm_\w+'.*?(?P<stack>\d+) bytes stack frame, "
+    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+
+@pytest.fixture(scope="module")
+def toolkit():
+    found, rejected = toolchain.find_toolkit()
+    if not found:
+        pytest.skip(
+            f"no CUDA compiler: {'; '.join(rejected) or 'none in CUDA_HOME, on PATH or in site-packages/nvidia'}"
+        )
+    return found
+
+
+@pytest.fixture(scope="module")
+def reports(toolkit, tmp_path_factory):
+    """(source, architecture) -> what the compiler said."""
+    folder = tmp_path_factory.mktemp("cuda")
+    include = Path(torch.__file__).parent / "include"
+
+    def build(source, architecture):
+        command = [
+            toolkit.nvcc,
+            "-std=c++20",
+            "-O3",
+            "--expt-relaxed-constexpr",
+            "-Xptxas",
+            "-v",
+            "-Xcompiler",
+            "-fPIC",
+        ]
+        command += [f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
+        command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY", "-DUSE_CUDA"]
+        command += [f"-I{ROOT / 'csrc'}", "-isystem", include]
+        for folder_of_headers in toolkit.includes:
+            command += ["-isystem", folder_of_headers]
+        command += ["-c", source, "-o", folder / f"{source.parent.name}.{architecture}.o"]
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        jobs = {(s.parent.name, a): pool.submit(build, s, a) for s in SOURCES for a in ARCHITECTURES}
+        return {key: job.result() for key, job in jobs.items()}
+
+
+def test_there_are_sources():
+    assert SOURCES
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("room", [source.parent.name for source in SOURCES])
+def test_no_kernel_spills(reports, room, architecture):
+    report = reports[room, architecture]
+    assert "warning" not in report, report
+    kernels = [match.groupdict() for match in KERNEL.finditer(report)]
+    assert len(kernels) == report.count("Compiling entry function") > 0
+    spilling = [k for k in kernels if int(k["stack"]) or int(k["stores"]) or int(k["loads"])]
+    assert not spilling
