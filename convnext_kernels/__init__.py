@@ -19,8 +19,9 @@ from ._version import __version__
 try:
     _native.load()
 except _native.NotBuiltError as _error:
-    # `python -m convnext_kernels` in an uncompiled checkout: one line, no traceback.
-    if _sys.argv[:1] == ["-m"] and "convnext_kernels" in _sys.orig_argv:
+    # The command line, `python -m convnext_kernels` in an uncompiled checkout included: one line, no traceback.
+    _module = _sys.argv[:1] == ["-m"] and "convnext_kernels" in _sys.orig_argv
+    if _module or _sys.argv[:1] and _sys.argv[0].endswith("/convnext-kernels"):
         print(f"convnext-kernels: {_error}", file=_sys.stderr)
         raise SystemExit(2) from None
     raise

@@ -80,7 +80,9 @@ def _has_kernel(operator: str, device_type: str) -> bool:
 
 def _why_not(operator: str, device_type: str) -> str:
     if device_type == "cuda":
-        return native.status().cuda_reason or f"the CUDA library has no kernel for {operator} yet"
+        return native.status().cuda_reason or f"the CUDA library has no kernel for {operator}"
+    if device_type == "cpu":
+        return f"the CPU library has no kernel for {operator}"
     return f"no kernel of ours runs on device type '{device_type}'"
 
 

@@ -1,0 +1,125 @@
+#!/usr/bin/env bash
+# Qualifies this package on the NVIDIA GPU at hand: builds for it, tests it, measures it. No network is needed.
+#
+#   benchmarks/qualify.sh PART... [OUT_DIR]
+#
+#   build      compile for the GPUs present and install into the current Python environment
+#   test       pytest -m gpu
+#   verify     every operator of every backend against fp64
+#   bench      the fused block against eager PyTorch
+#   baseline   timm and torchvision without this package; baseline-eager, baseline-torchvision, baseline-compile and
+#              baseline-max-autotune choose one part, baseline alone is the first. What does not fit into a run is done
+#              by the next one with the same OUT_DIR.
+#   all        build, test, verify, bench, baseline
+#
+# Logs and JSON go to OUT_DIR (default: the environment variable OUT). Each part ends within 9 minutes (PART_SECONDS,
+# default 530); every part but the baseline installs first, which takes seconds where nothing changed. The exit code is
+# 0 only if every part succeeded. PYTHON names the interpreter (default: python3); it needs torch with CUDA, nvcc,
+# setuptools, ninja and pybind11, and for the tests and the baseline pytest, timm and torchvision.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-python3}
+part_seconds=${PART_SECONDS:-530}
+
+usage() {
+  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" >&2
+  exit 2
+}
+
+parts=()
+out=${OUT:-}
+while [ $# -gt 0 ]; do
+  case $1 in
+    build | test | verify | bench | baseline | baseline-eager | baseline-torchvision | baseline-compile | \
+      baseline-max-autotune) parts+=("$1") ;;
+    all) parts+=(build test verify bench baseline) ;;
+    -*) usage ;;
+    *)
+      # Only the last argument may be the folder: a misspelt part must not become one.
+      [ $# -eq 1 ] || usage
+      out=$1
+      ;;
+  esac
+  shift
+done
+if [ ${#parts[@]} -eq 0 ] || [ -z "$out" ]; then usage; fi
+
+if ! capabilities=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null); then
+  echo "qualify.sh: nvidia-smi finds no GPU: there is nothing to qualify here" >&2
+  exit 2
+fi
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+
+# Runs a command within what is left of the part's time, with its output in a log too.
+limited() {
+  local log=$1 left=$((part_seconds - SECONDS))
+  shift
+  if [ "$left" -le 0 ]; then
+    echo "qualify.sh: no time left for: $*" >&2
+    return 124
+  fi
+  echo "+ $*"
+  timeout --kill-after=5 "$left" "$@" 2>&1 | tee -a "$log"
+}
+
+install_package() {
+  : > "$out/build.log"
+  TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$(sort -u <<< "$capabilities" | paste -sd ';')} CONVNEXT_KERNELS_CUDA=1 \
+    limited "$out/build.log" "$python" -m pip install --verbose --no-build-isolation --no-deps "$root"
+}
+
+run_part() {
+  local part=$1 status=0
+  case $part in
+    build)
+      install_package
+      # From elsewhere than the checkout, so that it is the installed package that answers.
+      (cd "$out" && limited "$out/build.log" "$python" -m convnext_kernels info)
+      ;;
+    test)
+      install_package
+      : > "$out/test.log"
+      (cd "$root" && limited "$out/test.log" "$python" -m pytest -m gpu tests)
+      ;;
+    verify | bench)
+      install_package
+      : > "$out/$part.log"
+      (cd "$out" && limited "$out/$part.log" "$python" -m convnext_kernels "$part" --device cuda --json "$out/$part.json")
+      ;;
+    baseline*)
+      local cases=${part#baseline}
+      cases=${cases#-}
+      : > "$out/$part.log"
+      limited "$out/$part.log" "$python" "$root/benchmarks/baseline.py" --part "${cases:-eager}" \
+        --out "$out/baseline.json" --budget-seconds $((part_seconds - 20)) || status=$?
+      # 3: the budget ended before the cases did. All that was measured is in the file.
+      [ $status -eq 3 ] || return $status
+      ;;
+  esac
+}
+
+failed=()
+for part in "${parts[@]}"; do
+  SECONDS=0
+  echo "=== $part"
+  # A shell of its own, because `set -e` is off inside the condition of an `if`.
+  set +e
+  (
+    set -e
+    run_part "$part"
+  )
+  status=$?
+  set -e
+  if [ $status -eq 0 ]; then
+    echo "=== $part: ok after $SECONDS s"
+  else
+    echo "=== $part: FAILED with exit code $status after $SECONDS s" >&2
+    failed+=("$part")
+  fi
+done
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "qualify.sh: failed: ${failed[*]}" >&2
+  exit 1
+fi

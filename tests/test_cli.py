@@ -1,0 +1,598 @@
+"""The command line, the ways to start it, and the scripts in benchmarks/ that come with it."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import convnext_kernels
+from convnext_kernels import backends, native, operators
+from convnext_kernels.__main__ import main
+from convnext_kernels.block import FusedConvNeXtBlock
+from convnext_kernels.cli import bench, terminal, verify
+from convnext_kernels.cli.accuracy import judge
+from convnext_kernels.cli.measure import peak_growth, saved_bytes, time_interleaved
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+
+
+def run(*command, cwd, **environment):
+    """A process that finds the package as a user's does: by installation, not by a developer's variables."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("CONVNEXT_KERNELS_", "PYTHONPATH"))}
+    env["OMP_NUM_THREADS"] = "1"
+    return subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=env | environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The shapes here are too small for more, and threads that wait for a busy processor take minutes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def script(name):
+    return Path(sysconfig.get_path("scripts")) / name
+
+
+needs_installation = pytest.mark.skipif(
+    native.status().found_in == "CONVNEXT_KERNELS_LIBRARY_DIR",
+    reason="the libraries come from CONVNEXT_KERNELS_LIBRARY_DIR, not from an installation",
+)
+
+
+# --- the five ways to start
+
+
+@needs_installation
+@pytest.mark.parametrize(
+    ("command", "inside"),
+    [
+        ([script("convnext-kernels")], False),
+        ([script("convnext-kernels")], True),
+        ([sys.executable, "-m", "convnext_kernels"], False),
+        ([sys.executable, "-m", "convnext_kernels"], True),
+    ],
+    ids=["script", "script in the checkout", "module", "module in the checkout"],
+)
+def test_command_line_starts(command, inside, tmp_path):
+    done = run(*command, "info", "--json", cwd=ROOT if inside else tmp_path)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["environment"]["convnext_kernels"] == convnext_kernels.__version__
+    assert facts["environment"]["libraries"]["folder"] == str(native.status().folder)
+
+
+@needs_installation
+@pytest.mark.parametrize(
+    "command", [[script("pytest")], [sys.executable, "-m", "pytest"]], ids=["pytest", "python -m pytest"]
+)
+def test_pytest_finds_the_compiled_library(command, tmp_path):
+    (tmp_path / "test_generated.py").write_text(
+        "import torch\n"
+        "from convnext_kernels import FusedConvNeXtBlock, backends\n"
+        "def test_block_runs_on_our_kernels():\n"
+        "    assert {choice.backend for choice in backends.describe('cpu')} == {'cpu'}\n"
+        "    assert FusedConvNeXtBlock(8)(torch.randn(1, 8, 5, 5)).shape == (1, 8, 5, 5)\n"
+    )
+    # The current folder is the checkout, which `python -m` puts first on the path and bare pytest does not.
+    done = run(*command, "-p", "no:cacheprovider", "-c", os.devnull, tmp_path / "test_generated.py", cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
+
+
+def test_uncompiled_tree_says_what_to_do_in_one_line(tmp_path):
+    shutil.copytree(
+        ROOT / "convnext_kernels", tmp_path / "convnext_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    # Another version than any installed one, whose libraries would be found otherwise.
+    (tmp_path / "convnext_kernels" / "_version.py").write_text('__version__ = "0.0.0.dev0"\n')
+    done = run(sys.executable, "-m", "convnext_kernels", "info", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("convnext-kernels: ")
+    assert "pip install ." in line
+    assert str(tmp_path) in line
+
+
+# --- arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: {info,verify,bench}"),
+        (["measure"], "invalid choice: 'measure'"),
+        (["verify", "--device", "tpu"], "--device: expected cpu, cuda or cuda:N, got 'tpu'"),
+        (["bench", "--device", "meta"], "--device: expected cpu, cuda or cuda:N, got 'meta'"),
+        (["bench", "--device", "cuda:99"], "--device: 'cuda:99' is not there: PyTorch"),
+        (["bench", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
+        (["bench", "--stages", "96x56"], "--stages: expected CHANNELS@SIZE, such as 96@56, got '96x56'"),
+        (["bench", "--stages", "0@56"], "--stages: expected CHANNELS@SIZE"),
+        (["bench", "--versions", "v3"], "--versions: invalid choice: 'v3'"),
+        (["bench", "--batch", "0"], "--batch: expected a number above 0, got '0'"),
+        (["bench", "--threads", "two"], "--threads: expected a number above 0, got 'two'"),
+        (["bench", "--seconds", "nan"], "--seconds: expected a number above 0, got 'nan'"),
+        (["bench", "--seconds", "inf"], "--seconds: expected a number above 0, got 'inf'"),
+        (["bench", "--json", "/no/such/folder/x.json"], "--json: expected a file in a folder that exists"),
+        (["verify", "--json", "/"], "--json: expected a file in a folder that exists, got '/'"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.out == ""
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 0, reason="there is a GPU")
+def test_cuda_without_a_gpu_is_a_clear_error(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["verify", "--device", "cuda"])
+    assert caught.value.code == 2
+    assert f"'cuda' is not there: PyTorch {torch.__version__} sees no GPU" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(native.status().bindings is None, reason="the libraries come without bindings")
+def test_wrong_environment_variable_is_one_line():
+    folder = {"CONVNEXT_KERNELS_LIBRARY_DIR": str(native.status().folder)}
+    done = run(
+        sys.executable, "-m", "convnext_kernels", "info", cwd=ROOT, CONVNEXT_KERNELS_CPU_CAPABILITY="sse9", **folder
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("convnext-kernels: CONVNEXT_KERNELS_CPU_CAPABILITY: expected portable, avx2 or avx512")
+
+
+def test_interruption_ends_quietly(monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verify, "_check", interrupted)
+    assert main(["verify"]) == 130
+    assert capsys.readouterr().err == "convnext-kernels: interrupted\n"
+
+
+# --- info
+
+
+def test_info_as_json(capsys):
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    environment = facts["environment"]
+    assert environment["torch"] == torch.__version__
+    assert environment["python"] == sys.version.split()[0]
+    assert len(environment["gpus"]) == torch.cuda.device_count()
+    assert environment["build"] == json.loads(json.dumps(native.build_info()))
+    if native.status().bindings:
+        assert environment["cpu_capability"] == native.status().bindings.cpu_capability()
+    rows = {(row["device"], row["operator"]): row for row in facts["backends"]}
+    assert set(rows) == {(device, operator) for device in ("cpu", "cuda") for operator in backends.OPERATORS}
+    assert all(row["reason"] for row in rows.values())
+    assert all(rows["cpu", operator]["backend"] == "cpu" for operator in backends.OPERATORS)
+    if not torch.cuda.device_count():
+        assert all(rows["cuda", operator]["backend"] is None for operator in backends.OPERATORS)
+        assert "PyTorch sees no GPU" in rows["cuda", "layer_norm"]["reason"]
+
+
+def test_info_as_text_names_versions_and_a_forced_backend(capsys):
+    with backends.use("reference"):
+        assert main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    facts = {line[:18].strip(): line[18:] for line in lines if line}
+    assert facts["convnext_kernels"].startswith(convnext_kernels.__version__)
+    assert facts["torch"].startswith(torch.__version__)
+    assert str(native.status().folder) in facts["libraries"]
+    (row,) = [line.split() for line in lines if line.startswith("layer_norm_mlp_backward ") and " cpu " in line]
+    assert row == ["layer_norm_mlp_backward", "cpu", "reference", "forced"]
+
+
+# --- verify
+
+
+def test_verify_passes(capsys, tmp_path):
+    assert main(["verify", "--device", "cpu", "--json", str(tmp_path / "verify.json")]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert max(map(len, printed.out.splitlines())) <= 120
+    report = json.loads((tmp_path / "verify.json").read_text())
+    assert report["ok"] is True
+    # Every operator, on both backends, in every precision: the output and each gradient.
+    seen = {(row["operator"], row["backend"], row["mode"]) for row in report["results"]}
+    modes = [mode.name for mode in verify.MODES]
+    assert seen == {
+        (op, backend, mode) for op in verify.RAW_OPERATORS for backend in ("cpu", "reference") for mode in modes
+    }
+    block = {row["result"] for row in report["results"] if row["operator"] == "convnext_block"}
+    assert block == {"output"} | {
+        f"grad {name}"
+        for name in (
+            "x", "conv_weight", "conv_bias", "norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "grn_weight",
+            "grn_bias", "fc2_weight", "fc2_bias", "layer_scale",
+        )
+    }  # fmt: skip
+    assert f"{len(report['results'])} results against fp64, 0 wrong" in printed.out
+
+
+class _Scale(torch.autograd.Function):
+    """Scales the gradient and leaves the value alone."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor, None
+
+
+def _noisy(y):
+    return y + torch.rand_like(y) * 1e-9 * y.detach().abs()
+
+
+@pytest.mark.parametrize(
+    ("operator", "mode", "damage", "failing"),
+    [
+        ("depthwise_conv2d", "fp32", lambda y: y * (1 + 1e-5), {"output", "grad x", "grad weight", "grad bias"}),
+        ("bias_gelu", "bf16", lambda y: y * 1.02, {"output", "grad x"}),
+        ("layer_norm", "fp32", lambda y: _Scale.apply(y, 1.0001), {"grad x", "grad weight", "grad bias"}),
+        ("convnext_block", "autocast bf16", lambda y: y * float("nan"), {"output", "grad fc1_weight", "grad x"}),
+        ("layer_norm_mlp", "fp64", _noisy, {"output"}),
+    ],
+    ids=["output", "bf16 output", "gradient", "nan", "noise"],
+)
+def test_verify_fails_when_an_operator_is_broken(operator, mode, damage, failing, monkeypatch, capsys):
+    intact = getattr(operators, operator)
+    monkeypatch.setattr(operators, operator, lambda *args, **kwargs: damage(intact(*args, **kwargs)))
+    others = ("bias_gelu", "layer_norm")
+    monkeypatch.setattr(verify, "CASES", tuple(case for case in verify.CASES if case.operator in (operator, *others)))
+    monkeypatch.setattr(verify, "MODES", tuple(m for m in verify.MODES if m.name == mode))
+    assert main(["verify", "--device", "cpu", "--json"]) == 1
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert report["ok"] is False
+    wrong = [row for row in report["results"] if not row["ok"]]
+    assert {row["operator"] for row in wrong} == {operator}
+    assert failing <= {row["result"] for row in wrong}
+    assert {row["backend"] for row in wrong} == {"cpu", "reference"}
+    assert printed.err.count(f"FAILED {operator} [") == len(wrong)
+
+
+def test_verify_sees_bits_that_change_between_runs(monkeypatch, capsys):
+    monkeypatch.setattr(verify, "CASES", tuple(case for case in verify.CASES if case.operator == "layer_norm"))
+    monkeypatch.setattr(verify, "MODES", tuple(m for m in verify.MODES if m.name == "fp32"))
+    intact, calls = operators.layer_norm, []
+
+    def one_ulp_off_every_second_time(*args, **kwargs):
+        calls.append(None)
+        y = intact(*args, **kwargs)
+        return y + torch.finfo(y.dtype).eps * y.detach() * (len(calls) % 2)
+
+    monkeypatch.setattr(operators, "layer_norm", one_ulp_off_every_second_time)
+    assert main(["verify", "--device", "cpu"]) == 1
+    assert "a second run gave other bits" in capsys.readouterr().err
+
+
+def test_numerics_rule():
+    exact = torch.linspace(-1, 1, 1000, dtype=torch.float64)
+    error = torch.where(torch.arange(1000) % 2 == 0, 1e-3, -1e-3)
+
+    def verdict(factor, ours=None):
+        ours = exact + factor * error if ours is None else ours
+        return judge(ours.float(), (exact + error).float(), exact, exact)
+
+    assert verdict(1.0).ok
+    assert verdict(1.99).ok
+    assert not verdict(2.01).ok
+    one_outlier = exact + error
+    one_outlier[500] += 4e-3
+    assert verdict(0, one_outlier).error < verdict(0, one_outlier).allowed
+    assert not verdict(0, one_outlier).ok
+    assert not verdict(0, exact.clone().fill_(float("nan"))).ok
+    assert not verdict(0, exact.clone().index_fill_(0, torch.tensor([3]), float("inf"))).ok
+    # Few numbers: their largest is no statistic. None at all: nothing to be wrong.
+    assert judge(one_outlier[490:510].float(), (exact + 2 * error)[490:510].float(), exact[490:510], exact[490:510]).ok
+    assert judge(*[torch.zeros(0, 3)] * 4).ok
+    with pytest.raises(ValueError, match=r"expected a result of shape \(1000,\), got \(10,\)"):
+        verdict(0, exact[:10])
+
+
+# --- bench
+
+
+def _bench(tmp_path, *arguments):
+    path = tmp_path / "bench.json"
+    code = main(["bench", "--device", "cpu", "--batch", "2", "--seconds", "0.02", "--json", str(path), *arguments])
+    return code, json.loads(path.read_text()) if path.exists() else None
+
+
+def test_bench(tmp_path, capsys):
+    code, report = _bench(tmp_path, "--stages", "16@9", "24@5", "--dtype", "fp32", "autocast-bf16", "pure-bf16")
+    assert code == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 120
+    assert len(report["results"]) == 2 * 2 * 3
+    for result in report["results"]:
+        assert f"{result['version'].upper()} {result['channels']}@{result['size']}" in text
+        for task in ("infer", "train"):
+            ours, theirs = result[task]["fused"], result[task]["pytorch"]
+            assert 0 < ours["ms_quantile_20"] <= ours["ms"] <= ours["ms_quantile_80"]
+            assert result[task]["speedup"] == pytest.approx(theirs["ms"] / ours["ms"])
+            assert ours["images_a_second"] == pytest.approx(2000 / ours["ms"])
+            assert theirs["memory_format"] in ("channels-last", "NCHW")
+        # x and z in the compute dtype, mean and rstd in fp32 (README: what is kept for backward).
+        bytes_a_number = 4 if result["precision"] == "fp32" else 2
+        kept = 2 * bytes_a_number + 8 / result["channels"]
+        assert result["saved_bytes_an_element"]["fused"] == pytest.approx(kept)
+        assert result["saved_bytes_an_element"]["pytorch"] > 3 * kept
+        assert result["relative_error"]["fused"]["rms"] < bench.PRECISIONS[result["precision"]][2]
+    assert "geometric means" in text
+    assert report["environment"]["torch"] == torch.__version__
+    assert report["threads"] == torch.get_num_threads()
+
+
+@pytest.mark.parametrize("damage", [lambda y: y * 1.1, lambda y: y * float("nan"), lambda y: _Scale.apply(y, 1.1)])
+def test_bench_refuses_a_wrong_block(damage, tmp_path, monkeypatch, capsys):
+    intact = FusedConvNeXtBlock.forward
+    monkeypatch.setattr(FusedConvNeXtBlock, "forward", lambda self, x: damage(intact(self, x)))
+    code, report = _bench(tmp_path, "--stages", "16@9", "--versions", "v1", "--dtype", "fp32")
+    assert code == 1
+    assert report is None
+    printed = capsys.readouterr()
+    assert "convnext-kernels bench: V1 16@9 fp32: error" in printed.err
+    assert printed.out == ""
+
+
+def test_bench_shows_a_slow_block_as_slow(tmp_path, monkeypatch):
+    intact = FusedConvNeXtBlock.forward
+
+    def slow(self, x):
+        time.sleep(0.05)
+        return intact(self, x)
+
+    monkeypatch.setattr(FusedConvNeXtBlock, "forward", slow)
+    code, report = _bench(tmp_path, "--stages", "8@5", "--versions", "v1", "--dtype", "fp32")
+    assert code == 0
+    (result,) = report["results"]
+    assert result["infer"]["fused"]["ms"] >= 50
+    assert result["infer"]["speedup"] < 1
+    assert result["train"]["speedup"] < 1
+
+
+def test_threads_option(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    assert _bench(tmp_path, "--threads", "3", "--stages", "8@5", "--versions", "v2", "--dtype", "fp32")[0] == 0
+    assert asked == [3]
+
+
+def test_timing_takes_turns_and_repeats_short_functions():
+    order = []
+    functions = {"long": lambda: (order.append("long"), time.sleep(0.02)), "short": lambda: order.append("short")}
+    timings = time_interleaved(functions, CPU, 0.01)
+    assert timings["long"].median >= 20
+    assert timings["short"].median < 1
+    assert timings["long"].calls_a_round == 1 < timings["short"].calls_a_round
+    assert timings["long"].rounds == timings["short"].rounds >= 3
+    rounds = [name for name, before in zip(order, [None, *order], strict=False) if name != before]
+    assert rounds.count("long") >= 2
+
+
+def test_saved_bytes_counts_each_storage_once_and_no_parameters():
+    x = torch.randn(8, 16, requires_grad=True)
+    weight = torch.nn.Parameter(torch.randn(16, 16))
+    assert saved_bytes(lambda: (x @ weight).sum(), [weight]) == x.numel() * 4
+    assert saved_bytes(lambda: (x * x + x.t().t() * x).sum(), []) == x.numel() * 4
+    assert saved_bytes(lambda: torch.exp(x).sum(), []) == x.numel() * 4
+    assert saved_bytes(lambda: (x + 1).sum(), []) == 0
+
+
+def test_peak_growth_of_a_known_allocation():
+    def allocate():
+        first = torch.ones(30_000_000)
+        second = torch.ones(10_000_000)
+        del first
+        return second
+
+    growth = peak_growth(allocate, CPU)
+    if growth is None:
+        pytest.skip("this system does not let a process reset its peak resident set")
+    assert growth == pytest.approx(160e6, rel=0.05)
+    assert peak_growth(lambda: None, CPU) < 8e6
+
+
+class _Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_is_drawn_on_a_terminal_only():
+    for stream in (_Terminal(), io.StringIO()):
+        with terminal.Progress(2, stream) as progress:
+            progress.step("first")
+            progress.step("second")
+        text = stream.getvalue()
+        if stream.isatty():
+            assert "0/2" in text
+            assert "1/2" in text
+            assert text.endswith("\r\x1b[K")
+        else:
+            assert text == ""
+
+
+def test_table_is_aligned():
+    text = terminal.table(("name", "ms"), [("a", "1.0"), ("longer", "10.0")], right=[1])
+    assert text.splitlines() == ["name      ms", "------  ----", "a        1.0", "longer  10.0"]
+
+
+# --- benchmarks/baseline.py
+
+
+@pytest.fixture
+def baseline(tmp_path):
+    pytest.importorskip("timm")
+    pytest.importorskip("torchvision")
+    options = ["--device", "cpu", "--batch", "2", "--size", "64", "--iters", "1", "--out", tmp_path / "baseline.json"]
+    command = [sys.executable, ROOT / "benchmarks" / "baseline.py", *options]
+
+    def start(*arguments):
+        done = run(*command, *arguments, cwd=tmp_path)
+        path = tmp_path / "baseline.json"
+        return done, json.loads(path.read_text()) if path.exists() else None
+
+    return start
+
+
+def test_baseline_measures_writes_and_goes_on(baseline, tmp_path):
+    done, report = baseline("--models", "convnext_atto", "--task", "training")
+    assert done.returncode == 0, done.stderr
+    assert report["environment"]["torch"] == torch.__version__
+    assert report["environment"]["chip"] == "CPU"
+    assert [(r["task"], r["precision"], r["status"]) for r in report["results"]] == [
+        ("training", "autocast-bf16", "ok"),
+        ("training", "pure-bf16", "ok"),
+    ]
+    for result in report["results"]:
+        assert result["images_a_second"] == pytest.approx(2000 / result["ms"])
+        assert result["parameters"] == 3695520
+    # Another run measures what is missing, keeps what is there, and records what cannot be done.
+    done, more = baseline("--models", "convnext_atto", "no_such_model", "--precision", "pure-bf16")
+    assert done.returncode == 1
+    assert more["results"][:2] == report["results"]
+    assert [(r["model"], r["task"], r["status"]) for r in more["results"][2:]] == [
+        ("convnext_atto", "inference", "ok"),
+        ("no_such_model", "training", "failed"),
+        ("no_such_model", "inference", "failed"),
+    ]
+    assert "no_such_model" in more["results"][3]["message"]
+    # Figures of another installation do not get mixed in.
+    more["environment"]["torch"] = "1.0"
+    (tmp_path / "baseline.json").write_text(json.dumps(more))
+    done, unchanged = baseline("--models", "convnext_atto", "--task", "inference")
+    assert done.returncode == 1
+    assert "measured with torch 1.0" in done.stderr
+    assert unchanged == more
+
+
+def test_baseline_stops_at_its_budget(baseline):
+    done, report = baseline("--models", "convnext_atto", "--budget-seconds", "0.2")
+    assert done.returncode == 3
+    assert report is None
+    assert "4 of 4 cases are left" in done.stderr
+
+
+def test_baseline_gives_up_a_case_that_takes_too_long(baseline):
+    done, report = baseline("--models", "convnext_atto", "--precision", "pure-bf16", "--case-seconds", "0.2")
+    assert done.returncode == 0
+    assert [result["status"] for result in report["results"]] == ["timeout", "timeout"]
+
+
+def test_baseline_refuses_bad_arguments(baseline):
+    for arguments, message in (
+        (["--batch", "0"], "expected numbers of at least 1"),
+        (["--part", "everything"], "invalid choice: 'everything'"),
+        (["--out", "/no/such/folder/x.json"], "does not exist"),
+    ):
+        done, _ = baseline(*arguments)
+        assert done.returncode == 2
+        assert message in done.stderr
+
+
+# --- benchmarks/qualify.sh
+
+
+@pytest.fixture
+def qualify(tmp_path):
+    """qualify.sh with a GPU and an interpreter that are stand-ins: the interpreter notes what it is asked to do."""
+    calls = tmp_path / "calls"
+
+    def start(*parts, gpu="echo 9.0; echo 9.0", python="exit 0", **environment):
+        for name, body in (("nvidia-smi", gpu), ("python", f'echo "$TORCH_CUDA_ARCH_LIST $*" >> {calls}\n{python}')):
+            (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+            (tmp_path / name).chmod(0o755)
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"), **environment}
+        done = run("bash", ROOT / "benchmarks" / "qualify.sh", *parts, cwd=tmp_path, **environment)
+        return done, calls.read_text().splitlines() if calls.exists() else []
+
+    return start
+
+
+def test_qualify_runs_every_part(qualify, tmp_path):
+    done, calls = qualify("all", tmp_path / "out")
+    assert done.returncode == 0, done.stdout + done.stderr
+    install = f"9.0 -m pip install --verbose --no-build-isolation --no-deps {ROOT}"
+    assert [call.split(" --json")[0].split(" --out")[0].strip() for call in calls] == [
+        install,
+        "-m convnext_kernels info",
+        install,
+        "-m pytest -m gpu tests",
+        install,
+        "-m convnext_kernels verify --device cuda",
+        install,
+        "-m convnext_kernels bench --device cuda",
+        f"{ROOT}/benchmarks/baseline.py --part eager",
+    ]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "build.log", "test.log", "verify.log", "bench.log", "baseline.log"
+    }  # fmt: skip
+
+
+def test_qualify_is_honest_about_failures(qualify, tmp_path):
+    done, calls = qualify("all", tmp_path / "out", python=r'case "$*" in *-m\ pytest*) echo broken; exit 7;; esac')
+    assert done.returncode == 1
+    assert "=== test: FAILED with exit code 7" in done.stderr
+    assert "qualify.sh: failed: test\n" in done.stderr
+    assert (tmp_path / "out" / "test.log").read_text() == "broken\n"
+    assert any("bench" in call for call in calls)  # the parts after it ran
+    done, calls = qualify("verify", "bench", OUT=str(tmp_path / "out"), python='case "$*" in *pip*) exit 3;; esac')
+    assert done.returncode == 1
+    assert "qualify.sh: failed: verify bench" in done.stderr
+
+
+def test_qualify_keeps_to_its_time(qualify, tmp_path):
+    start = time.monotonic()
+    done, _ = qualify("bench", tmp_path / "out", python="exec sleep 60", PART_SECONDS="1")
+    assert done.returncode == 1
+    assert "=== bench: FAILED with exit code 124" in done.stderr
+    assert time.monotonic() - start < 30
+
+
+def test_qualify_takes_an_unfinished_baseline_for_a_success(qualify, tmp_path):
+    done, calls = qualify("baseline-compile", tmp_path / "out", python="exit 3")
+    assert done.returncode == 0
+    assert len(calls) == 1
+    assert "--part compile --out" in calls[0]
+    assert qualify("baseline-compile", tmp_path / "out", python="exit 1")[0].returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("parts", "options", "message"),
+    [
+        (["tset", "bench"], {}, "benchmarks/qualify.sh PART... [OUT_DIR]"),
+        (["--fast"], {}, "benchmarks/qualify.sh PART... [OUT_DIR]"),
+        ([], {}, "benchmarks/qualify.sh PART... [OUT_DIR]"),
+        (["build"], {"OUT": ""}, "benchmarks/qualify.sh PART... [OUT_DIR]"),
+        (["build", "out"], {"gpu": "exit 9"}, "nvidia-smi finds no GPU"),
+    ],
+)
+def test_qualify_refuses_bad_usage(qualify, parts, options, message):
+    done, calls = qualify(*parts, **options)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert calls == []
