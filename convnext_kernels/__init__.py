@@ -21,7 +21,7 @@ try:
 except _native.NotBuiltError as _error:
     # The command line, `python -m convnext_kernels` in an uncompiled checkout included: one line, no traceback.
     _module = _sys.argv[:1] == ["-m"] and "convnext_kernels" in _sys.orig_argv
-    if _module or _sys.argv[:1] and _sys.argv[0].endswith("/convnext-kernels"):
+    if _module or (_sys.argv[:1] and _sys.argv[0].endswith("/convnext-kernels")):
         print(f"convnext-kernels: {_error}", file=_sys.stderr)
         raise SystemExit(2) from None
     raise

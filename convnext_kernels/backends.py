@@ -132,12 +132,10 @@ def call(operator: str, *arguments: Any) -> Any:
     """Runs a raw operator below autograd, through the backend chosen for the device of its first argument."""
     first: Tensor = arguments[0]
     device_type = first.device.type
-    if device_type == "meta":
-        return getattr(torch.ops.convnext_kernels, operator)(*arguments)
     implementation: Callable[..., Any] = getattr(torch.ops.convnext_kernels, operator).default
-    if _forced == "reference":
+    if _forced == "reference" and device_type != "meta":
         implementation = getattr(reference_backend, operator)
-    else:
+    elif device_type != "meta":  # on the meta device the shape rules run
         choice = choose(operator, device_type)
         if choice.backend == "reference":  # where the dispatcher's fallback is reference_backend too
             _log_fallback(operator, device_type, choice.reason)

@@ -1,0 +1,77 @@
+"""Swapping a module's behaviour in place: the object stays, its class becomes a subclass that runs our operators.
+
+As torch.nn.utils.parametrize and FSDP do it. Parameters, buffers, submodules, hooks, the training flag and every
+reference to the module stay what they are; ``isinstance`` still holds; going back is assigning the old class again.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Fused", "has_hooks", "is_traced", "original_class", "restore", "swap"]
+
+
+class Fused:
+    """First base of every swapped class. `_fused_plan` on the instance says how to run it."""
+
+    _original_class: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is made at run time and has no importable name: deepcopy and pickle make it anew.
+        state = super().__reduce_ex__(protocol)[2]
+        return _new_instance, (_behaviour(type(self)), self._original_class), state
+
+
+@functools.cache
+def _fused_class(behaviour: type[Fused], original: type[nn.Module]) -> type:
+    namespace = {"__module__": behaviour.__module__, "__doc__": behaviour.__doc__, "_original_class": original}
+    return type(f"Fused{original.__name__}", (behaviour, original), namespace)
+
+
+def _behaviour(cls: type) -> type[Fused]:
+    return cls.__bases__[0]
+
+
+def _new_instance(behaviour: type[Fused], original: type[nn.Module]) -> nn.Module:
+    cls = _fused_class(behaviour, original)
+    return cls.__new__(cls)
+
+
+def swap(module: nn.Module, behaviour: type[Fused], plan: Any) -> None:
+    """Gives `module` the behaviour; a module that has it already gets the new plan."""
+    if not isinstance(module, Fused):
+        module.__class__ = _fused_class(behaviour, type(module))
+    module._fused_plan = plan
+
+
+def restore(module: nn.Module) -> None:
+    module.__class__ = module._original_class
+    del module._fused_plan
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    return module._original_class if isinstance(module, Fused) else type(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward: hooks, or a forward assigned to the instance."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether a graph for elsewhere is being recorded: ONNX, torch.jit.trace, torch.fx.
+
+    It shall hold PyTorch's own operators, so the original forward runs. (torch.export records our operators; unfuse for
+    a graph without them.)
+    """
+    return torch.onnx.is_in_onnx_export() or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy)
