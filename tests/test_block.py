@@ -6,10 +6,10 @@ import pickle
 
 import pytest
 import torch
-from numerics import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import convnext_kernels as ck
+from numerics import assert_close
 
 MODES = {
     "fp64": (torch.float64, None),

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from test_block import image, pair
 
 import convnext_kernels as ck
+from test_block import image, pair
 
 
 @pytest.fixture(autouse=True)

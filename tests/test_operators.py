@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-from numerics import assert_close
 
 import convnext_kernels as ck
 from convnext_kernels import backends, reference
+from numerics import assert_close
 
 ops = torch.ops.convnext_kernels
 

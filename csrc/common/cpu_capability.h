@@ -41,8 +41,8 @@ inline CpuCapability cpu_capability() {
                                  wanted + "', only up to '" + name_of(best) + "'");
       return capability;
     }
-    throw std::runtime_error(
-        std::string("CONVNEXT_KERNELS_CPU_CAPABILITY: expected portable, avx2 or avx512, got '") + wanted + "'");
+    throw std::runtime_error(std::string("CONVNEXT_KERNELS_CPU_CAPABILITY: expected portable, avx2 or avx512, got '") +
+                             wanted + "'");
   }();
   return chosen;
 }

@@ -114,7 +114,7 @@ CK_INLINE T from_float(Accumulation<T> value) {
     uint32_t rest = bits & 0x7fffffffu;
     if (rest > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
     if (rest >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // rounds to infinity
-    if (rest < 0x38800000u) {  // subnormal: adding 0.5 rounds at 2^-24
+    if (rest < 0x38800000u) {                                                 // subnormal: adding 0.5 rounds at 2^-24
       const float shifted = bit_copy<float>(rest) + 0.5f;
       return {static_cast<uint16_t>(sign | (bit_copy<uint32_t>(shifted) - 0x3f000000u))};
     }
@@ -177,18 +177,43 @@ CK_INLINE void store(T* to, Vector<Accumulation<T>> value) {
   }
 }
 
-// The first `count` lanes only; the others read as zero. For tails.
+// The first `count` lanes only; the others read as zero. For tails. With AVX-512 by masks: elsewhere a memcpy of a size
+// that is not known here is a call.
 template <class T>
 CK_INLINE Vector<Accumulation<T>> load_partial(const T* from, int count) {
+#if defined(__AVX512F__)
+  const auto mask = static_cast<__mmask16>((1u << count) - 1);
+  if constexpr (sizeof(T) == 8)
+    return bit_copy<Vector<double>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), from));
+  if constexpr (sizeof(T) == 4) return bit_copy<Vector<float>>(_mm512_maskz_loadu_ps(mask, from));
+  if constexpr (sizeof(T) == 2) {
+    const __m256i raw = _mm256_maskz_loadu_epi16(mask, from);
+    T padded[kLanes<float>];
+    std::memcpy(padded, &raw, sizeof(raw));
+    return load(padded);
+  }
+#else
   T padded[kLanes<Accumulation<T>>] = {};
   std::memcpy(padded, from, sizeof(T) * static_cast<size_t>(count));
   return load(padded);
+#endif
 }
 template <class T>
 CK_INLINE void store_partial(T* to, Vector<Accumulation<T>> value, int count) {
+#if defined(__AVX512F__)
+  const auto mask = static_cast<__mmask16>((1u << count) - 1);
+  if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(to, static_cast<__mmask8>(mask), bit_copy<__m512d>(value));
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(to, mask, bit_copy<__m512>(value));
+  if constexpr (sizeof(T) == 2) {
+    T padded[kLanes<float>];
+    store(padded, value);
+    _mm256_mask_storeu_epi16(to, mask, bit_copy<__m256i>(padded));
+  }
+#else
   T padded[kLanes<Accumulation<T>>];
   store(padded, value);
   std::memcpy(to, padded, sizeof(T) * static_cast<size_t>(count));
+#endif
 }
 
 template <class A>
