@@ -94,3 +94,21 @@ def test_onnx_export_has_standard_operators_only(use_grn, tmp_path):
     assert {opset.domain for opset in model.opset_import} <= {"", "pkg.onnxscript.torch_lib.common"}
     (y,) = ReferenceEvaluator(model).run(None, {model.graph.input[0].name: x.contiguous().numpy()})
     torch.testing.assert_close(torch.from_numpy(y), block(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_fused_model_exports(tmp_path):
+    """torch.export keeps our operators; ONNX gets PyTorch's, and the fused model goes on afterwards."""
+    timm = pytest.importorskip("timm")
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    model = timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), num_classes=4).eval()
+    x = torch.randn(1, 3, 32, 32)
+    expected = model(x).detach()
+    ck.fuse(model)
+    program = torch.export.export(model, (x,))
+    assert "convnext_kernels.convnext_block.default" in {str(node.target) for node in program.graph.nodes}
+    torch.testing.assert_close(program.module()(x), expected, rtol=1e-4, atol=1e-5)
+    torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=True)
+    nodes = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    assert {"Conv", "MatMul"} & nodes and not any("convnext" in name for name in nodes)
+    assert len(ck.fusion_report(model)) and torch.allclose(model(x), expected, rtol=1e-4, atol=1e-5)
