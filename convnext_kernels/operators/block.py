@@ -23,47 +23,17 @@ __all__ = ["ConvNeXtBlockFunction", "convnext_block"]
 
 
 def _forward(
-    x: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    grn_weight: Tensor | None,
-    grn_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    sample_scale: Tensor | None,
-    eps: float,
-    approximate: str,
-    compute_dtype: torch.dtype,
-    out_dtype: torch.dtype,
-    recompute: bool,
+    x: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    # mlp: the arguments of layer_norm_mlp from norm_weight to approximate.
+    *mlp, compute_dtype, out_dtype, recompute = rest
+    sample_scale = mlp[-3]
     # x itself is saved where it is in the compute dtype; a result may not alias an argument, hence the empty tensor.
     same = x.dtype == compute_dtype
     x_copy = x.new_empty((0,)) if same else x.to(compute_dtype)
     z = backends.call("depthwise_conv2d", x if same else x_copy, conv_weight, conv_bias, 1, sample_scale)
     y, mean, rstd, hidden = backends.call(
-        "layer_norm_mlp",
-        z.permute(0, 2, 3, 1),
-        x.permute(0, 2, 3, 1),
-        norm_weight,
-        norm_bias,
-        fc1_weight,
-        fc1_bias,
-        grn_weight,
-        grn_bias,
-        fc2_weight,
-        fc2_bias,
-        layer_scale,
-        sample_scale,
-        eps,
-        approximate,
-        out_dtype,
-        not recompute,
+        "layer_norm_mlp", z.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1), *mlp, out_dtype, not recompute
     )
     return y.permute(0, 3, 1, 2), x_copy, z, mean, rstd, hidden
 
@@ -91,20 +61,11 @@ def _backward(
     rstd: Tensor,
     hidden: Tensor,
     conv_weight: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    grn_weight: Tensor | None,
-    grn_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    sample_scale: Tensor | None,
-    approximate: str,
-    x_dtype: torch.dtype,
-    output_mask: int,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
+    # mlp: the arguments of layer_norm_mlp_backward from norm_weight to approximate.
+    *mlp, x_dtype, output_mask = rest
+    sample_scale = mlp[-2]
     # Bits 0 to 2: x, convolution weight and bias, all of which need the gradient of z; then the MLP's parameters.
     needs_x, needs_conv = output_mask & 1, output_mask & 0b110
     mlp_mask = (output_mask >> 3 << 1) | (1 if output_mask & 0b111 else 0)
@@ -115,17 +76,7 @@ def _backward(
         mean,
         rstd,
         hidden,
-        norm_weight,
-        norm_bias,
-        fc1_weight,
-        fc1_bias,
-        grn_weight,
-        grn_bias,
-        fc2_weight,
-        fc2_bias,
-        layer_scale,
-        sample_scale,
-        approximate,
+        *mlp,
         mlp_mask,
     )
     dtype = accumulation_dtype(z.dtype)

@@ -82,40 +82,10 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") 
 
 # --- LayerNorm + MLP + layer scale + drop path + residual
 
-#: The arguments of layer_norm_mlp_backward's results, in their order.
-_GRADIENTS = (
-    "z",
-    "norm_weight",
-    "norm_bias",
-    "fc1_weight",
-    "fc1_bias",
-    "grn_weight",
-    "grn_bias",
-    "fc2_weight",
-    "fc2_bias",
-    "layer_scale",
-)
-
 
 @fake("layer_norm_mlp")
-def _(
-    z: Tensor,
-    residual: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    grn_weight: Tensor | None,
-    grn_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    sample_scale: Tensor | None,
-    eps: float,
-    approximate: str,
-    out_dtype: torch.dtype,
-    keep_hidden: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(z: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    fc1_weight, (out_dtype, keep_hidden) = rest[3], rest[-2:]
     rows, statistics = z.shape[:-1], accumulation_dtype(z.dtype)
     return (
         z.new_empty(z.shape, dtype=out_dtype),
@@ -126,37 +96,9 @@ def _(
 
 
 @fake("layer_norm_mlp_backward")
-def _(
-    grad: Tensor,
-    z: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    hidden: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    grn_weight: Tensor | None,
-    grn_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    sample_scale: Tensor | None,
-    approximate: str,
-    output_mask: int,
-) -> tuple[Tensor, ...]:
+def _(grad: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *parameters, _, _, output_mask = rest
     dtype = accumulation_dtype(z.dtype)
-    parameters = (
-        norm_weight,
-        norm_bias,
-        fc1_weight,
-        fc1_bias,
-        grn_weight,
-        grn_bias,
-        fc2_weight,
-        fc2_bias,
-        layer_scale,
-    )
     grads = [z.new_empty(z.shape) if output_mask & 1 else z.new_empty((0,), dtype=dtype)]
     for i, parameter in enumerate(parameters, start=1):
         wanted = parameter is not None and output_mask >> i & 1
