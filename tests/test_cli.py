@@ -518,9 +518,10 @@ def test_baseline_refuses_bad_arguments(baseline):
 
 
 @pytest.fixture
-def qualify(tmp_path):
+def qualify(tmp_path, monkeypatch):
     """qualify.sh with a GPU and an interpreter that are stand-ins: the interpreter notes what it is asked to do."""
     calls = tmp_path / "calls"
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)  # it would show in every call
 
     def start(*parts, gpu="echo 9.0; echo 9.0", python="exit 0", **environment):
         for name, body in (("nvidia-smi", gpu), ("python", f'echo "$TORCH_CUDA_ARCH_LIST $*" >> {calls}\n{python}')):

@@ -1,0 +1,337 @@
+"""Whole models as providers: timm's and torchvision's as they come, fused, compiled, and in other runtimes."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import convnext_kernels as ck
+from convnext_kernels.cli.measure import peak_growth, saved_bytes
+
+from .cases import CLASSES, PRECISIONS, ModelCase
+from .comparison import CheckedRunner, Provider, Results, Unavailable
+from .providers import InBackend, compiled, forward_in, generator, imported, randomise
+
+Execute = Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]]
+
+
+def as_it_is(model: nn.Module, x: Tensor) -> nn.Module:
+    return model
+
+
+def fused(model: nn.Module, x: Tensor) -> nn.Module:
+    return ck.fuse(model)
+
+
+def create(library: str, name: str) -> nn.Module:
+    if library == "timm":
+        return imported("timm").create_model(name, drop_path_rate=0.0)
+    return imported("torchvision").models.get_model(name, weights=None, stochastic_depth_prob=0.0)
+
+
+@functools.lru_cache(maxsize=1)  # for all providers of a case
+def _template(library: str, name: str) -> nn.Module:
+    return randomise(create(library, name))
+
+
+class ModelRunner(CheckedRunner):
+    """Images to logits, or a training step: forward, cross entropy, backward, AdamW.
+
+    Args:
+        library: whose model: timm, torchvision.
+        execute: from a model and an input what runs the model.
+    """
+
+    def __init__(
+        self,
+        case: ModelCase,
+        device: torch.device,
+        library: str = "timm",
+        execute: Execute = as_it_is,
+        memory_format: torch.memory_format = torch.channels_last,
+    ) -> None:
+        self._case, self._device, self._library, self._format = case, device, library, memory_format
+        self._execute = execute
+        self.images = case.batch
+        self._x, self._labels = self._inputs(case.batch)
+        self._start()
+
+    def _start(self) -> None:
+        """A fresh model and optimizer."""
+        self._model = self._fresh(self._device, PRECISIONS[self._case.precision].stored)
+        self._run = self._execute(self._model, self._x)
+        self._optimizer = None
+        if self._case.task == "training":
+            # A learning rate at which the weights hardly move: all steps compute with numbers of the same kind.
+            self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-6, weight_decay=0.05, fused=True)
+
+    def _fresh(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        template = _template(self._library, self._case.model)
+        model = copy.deepcopy(template).to(device, PRECISIONS[self._case.precision].stored).to(dtype)
+        return model.to(memory_format=self._format).train(self._case.task == "training")
+
+    def _inputs(self, batch: int) -> tuple[Tensor, Tensor]:
+        random = generator()
+        x = torch.randn(batch, 3, self._case.size, self._case.size, generator=random)
+        labels = torch.randint(0, CLASSES, (batch,), generator=random)
+        x = x.to(self._device, PRECISIONS[self._case.precision].stored).contiguous(memory_format=self._format)
+        return x, labels.to(self._device)
+
+    def _loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(forward_in(self._case.precision, self._run, x).float(), labels)
+
+    def step(self, x: Tensor, labels: Tensor) -> None:
+        if self._optimizer is None:
+            with torch.inference_mode():
+                forward_in(self._case.precision, self._run, x)
+            return
+        self._loss(x, labels).backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def run(self, call: int) -> None:
+        if self._device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()
+        self.step(self._x, self._labels)
+
+    def results(self) -> Results:
+        return _model_results(self._case, self._model, self._run, self._x, self._labels)
+
+    def exact(self) -> Results:
+        case = self._case
+        if PRECISIONS[case.precision].stored == torch.float32:
+            case = replace(case, precision="fp32")  # the same numbers come in: found in the cache
+        return _exact_model(case, self._device, self._library)
+
+    def eager(self) -> Results:
+        model = self._fresh(self._device, PRECISIONS[self._case.precision].stored)
+        return _model_results(self._case, model, model, self._x, self._labels)
+
+    def memory(self) -> dict[str, Any]:
+        out: dict[str, Any] = {"peak_bytes": peak_growth(lambda: self.run(0), self._device)}
+        if self._optimizer is not None:
+            parameters = list(self._model.parameters())
+            out["saved_bytes"] = saved_bytes(lambda: self._loss(self._x, self._labels), parameters)
+        return out
+
+
+def _model_results(case: ModelCase, model: nn.Module, run: Any, x: Tensor, labels: Tensor) -> Results:
+    """Logits; in training all gradients of a kind of parameter as one, since there are hundreds."""
+    if case.task == "inference":
+        with torch.inference_mode():
+            return {"logits": forward_in(case.precision, run, x)}
+    model.zero_grad(set_to_none=True)
+    logits = forward_in(case.precision, run, x)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    nn.functional.cross_entropy(logits, labels).backward()
+    gradients: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        kind = ".".join(part for part in name.split(".") if not part.isdigit())
+        gradients.setdefault(f"grad {kind}", []).append(parameter.grad.flatten())
+    model.zero_grad(set_to_none=True)
+    return {"logits": logits.detach()} | {kind: torch.cat(parts) for kind, parts in gradients.items()}
+
+
+@functools.lru_cache(maxsize=2)  # timm's and torchvision's
+def _exact_model(case: ModelCase, device: torch.device, library: str) -> Results:
+    runner = ModelRunner(case, device, library)
+    model = runner._fresh(device, torch.float64)
+    return _model_results(case, model, model, runner._x.double(), runner._labels)
+
+
+# --- other ways to run a model
+
+
+def compiled_in(mode: str | None) -> Execute:
+    return lambda model, x: compiled(model, x.device, mode)
+
+
+def fused_and_compiled(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    return compiled(ck.fuse(model), x.device, None)
+
+
+def in_onnxruntime(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """ONNX Runtime on the CPU, with as many threads as PyTorch has."""
+    runtime = imported("onnxruntime")
+    imported("onnxscript")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        torch.onnx.export(model, (x,), path, dynamo=True, verbose=False, input_names=["x"])
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
+def in_openvino(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """OpenVINO on the CPU, in fp32, with as many threads as PyTorch has."""
+    openvino = imported("openvino")
+    converted = openvino.convert_model(model, example_input=x, input=[tuple(x.shape)])
+    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+    network = openvino.compile_model(converted, "CPU", settings)
+    return lambda x: torch.from_numpy(network([x.numpy()])[0])
+
+
+def in_tensorrt(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    tensorrt = imported("torch_tensorrt")
+    return tensorrt.compile(model, ir="dynamo", inputs=[x])
+
+
+def _inference_on(device_type: str, *precisions: str) -> Callable[..., bool]:
+    def covers(case: ModelCase, on: str, full: bool) -> bool:
+        return case.task == "inference" and case.precision in precisions and on == device_type
+
+    return covers
+
+
+def _in_torchvision(case: ModelCase, device_type: str, full: bool) -> bool:
+    return case.model in ("convnext_tiny", "convnext_small", "convnext_base", "convnext_large")
+
+
+def _compiled_here(case: ModelCase, device_type: str, full: bool) -> bool:
+    """Compiling a whole model takes minutes on a CPU: there only where it was asked for."""
+    return full or device_type == "cuda"
+
+
+def _provider(name: str, kind: str, covers: Any, note: str, **how: Any) -> Provider:
+    return Provider(name, kind, functools.partial(ModelRunner, **how), covers, note)
+
+
+def _always(*_: Any) -> bool:
+    return True
+
+
+OURS = _provider("ours", "ours", _always, "timm's model after fuse()", execute=fused)
+TIMM = _provider("timm", "eager", _always, "channels-last")
+TIMM_NCHW = _provider("timm-nchw", "eager", _always, "NCHW", memory_format=torch.contiguous_format)
+COMPILE = _provider("compile", "other", _compiled_here, "timm's, torch.compile", execute=compiled_in(None))
+
+MODEL_PROVIDERS = [
+    OURS,
+    Provider(
+        "ours-reference",
+        "ours",
+        lambda case, device: InBackend(OURS.build(case, device), "reference"),
+        lambda case, device_type, full: full,
+        "PyTorch's kernels in our backward pass",
+    ),
+    TIMM,
+    TIMM_NCHW,
+    _provider("torchvision", "eager", _in_torchvision, "channels-last", library="torchvision"),
+    COMPILE,
+    _provider("ours-compile", "ours", _compiled_here, "after fuse(), torch.compile", execute=fused_and_compiled),
+    _provider(
+        "max-autotune",
+        "other",
+        _compiled_here,
+        "timm's, torch.compile(mode='max-autotune')",
+        execute=compiled_in("max-autotune"),
+    ),
+    _provider("onnxruntime", "other", _inference_on("cpu", "fp32"), "timm's", execute=in_onnxruntime),
+    _provider("openvino", "other", _inference_on("cpu", "fp32"), "timm's", execute=in_openvino),
+    _provider("tensorrt", "other", _inference_on("cuda", "pure-bf16"), "timm's, torch_tensorrt", execute=in_tensorrt),
+]
+SCALING_PROVIDERS = [OURS, TIMM]
+
+
+# --- what becomes of the cost of a step
+
+
+class FirstStep(ModelRunner):
+    """The first step of a fresh model: compilation, allocation and choice of algorithms are in it."""
+
+    prepares = True
+    least_rounds = 2
+
+    def prepare(self) -> None:
+        torch._dynamo.reset()
+        self._start()
+
+
+VARYING = (8, 5, 7, 3, 6, 8, 2, 4)  # eighths of the case's batch
+
+
+class VaryingBatches(ModelRunner):
+    """Steps whose batch differs from one to the next; or, for comparison, as many images in batches of one size."""
+
+    def __init__(self, case: ModelCase, device: torch.device, fixed: bool = False, **how: Any) -> None:
+        super().__init__(case, device, **how)
+        eighths = len(VARYING) * [sum(VARYING) / len(VARYING)] if fixed else VARYING
+        self._batches = [self._inputs(round(case.batch * part / 8)) for part in eighths]
+        self.images = sum(len(x) for x, _ in self._batches)
+
+    def run(self, call: int) -> None:
+        for x, labels in self._batches:
+            if self._device.type == "cuda":
+                torch.compiler.cudagraph_mark_step_begin()
+            self.step(x, labels)
+
+
+class LargestBatch(ModelRunner):
+    """Steps at the largest batch whose growth of memory in a step stays within the case's limit."""
+
+    MOST = 4096
+
+    def __init__(self, case: ModelCase, device: torch.device, **how: Any) -> None:
+        super().__init__(case, device, **how)
+        fits, too_large = 0, None
+        batch = case.batch
+        while too_large is None or too_large - fits > max(1, fits // 16):
+            if self._fits(batch):
+                fits = batch
+            else:
+                too_large = batch
+            batch = 2 * fits if too_large is None else (fits + too_large) // 2
+            if fits >= self.MOST or too_large == 1:
+                break
+        if not fits:
+            raise Unavailable(f"not even one image fits into {case.memory_megabytes} MB")
+        self._start()  # the steps of the search moved the weights
+        self.images = fits
+        self._inputs_of_run = self._inputs(fits)
+
+    def _fits(self, batch: int) -> bool:
+        inputs = self._inputs(batch)
+        self.step(*self._inputs(1))  # the optimizer's state is there before anything is measured
+        growth = peak_growth(lambda: self.step(*inputs), self._device)
+        if growth is None:
+            raise Unavailable("the peak of the resident set cannot be reset on this system")
+        return growth <= self._case.memory_megabytes * 10**6
+
+    def run(self, call: int) -> None:
+        self.step(*self._inputs_of_run)
+
+    def memory(self) -> dict[str, Any]:
+        return {"peak_bytes": peak_growth(lambda: self.run(0), self._device), "largest_batch": self.images}
+
+
+def _in(case: ModelCase, device: torch.device, **how: Any) -> CheckedRunner:
+    kinds = {"first step": FirstStep, "varying batches": VaryingBatches, "largest batch": LargestBatch}
+    return kinds[case.experiment](case, device, **how)
+
+
+def _varying(case: ModelCase, device_type: str, full: bool) -> bool:
+    return case.experiment == "varying batches"
+
+
+def _experiments(case: ModelCase, device_type: str, full: bool) -> bool:
+    return case.experiment in ("first step", "varying batches") and _compiled_here(case, device_type, full)
+
+
+EXPERIMENT_PROVIDERS = [
+    Provider("ours", "ours", functools.partial(_in, execute=fused), note="timm's model after fuse()"),
+    Provider("timm", "eager", _in, note="channels-last"),
+    Provider(
+        "compile", "other", functools.partial(_in, execute=compiled_in(None)), _experiments, "timm's, torch.compile"
+    ),
+    Provider("ours-fixed", "ours", functools.partial(_in, execute=fused, fixed=True), _varying, "batches of one size"),
+    Provider("timm-fixed", "other", functools.partial(_in, fixed=True), _varying, "batches of one size"),
+]
