@@ -16,6 +16,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "tests" / "cuda_on_host"
 KERNELS = ROOT / "csrc"
@@ -166,3 +168,35 @@ def _processor():
     except OSError:
         return ""
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def provide(request, wanted):
+    """What a file's `programs` fixture yields: the builder, with the (name, variant, ...) of `wanted` on their way.
+
+    One test alone waits for the programs it needs; for a whole file all are built side by side.
+    """
+    if not shutil.which("g++"):
+        pytest.skip("g++ is needed to build the programs")
+    headers = find_headers()
+    if not headers:
+        pytest.skip("the CUDA toolkit's headers are needed: none in CUDA_HOME, beside nvcc, or in site-packages/nvidia")
+    programs = Programs(request.config.cache.mkdir("cuda_on_host"), headers)
+    if sum(item.path == request.path for item in request.session.items) > 50:
+        for program in wanted:
+            programs.start(*program)
+    yield programs
+    programs.close()
+
+
+def run(program, case, **options):
+    """The exit status and output of one case. A crash is not a status: it fails here."""
+    command = [program, case, *(f"{key}={value}" for key, value in options.items())]
+    # Leak checking needs ptrace, which containers often forbid; fibers never unwind anyway.
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={"ASAN_OPTIONS": "detect_leaks=0"})
+    assert done.returncode in (0, 1), f"{command}: exit status {done.returncode}\n{done.stdout}{done.stderr[:4000]}"
+    return done.returncode, done.stdout + done.stderr
+
+
+def check(program, case, **options):
+    status, output = run(program, case, **options)
+    assert status == 0, output

@@ -5,12 +5,12 @@ No GPU is needed and none is used: see tests/cuda_on_host/engine.h.
 """
 
 import math
-import shutil
 import subprocess
 
 import pytest
 
 import cuda_programs
+from cuda_programs import check, run
 
 DTYPES = ["float", "half", "bfloat16", "double"]
 KERNELS = ["bias_gelu", "bias_gelu_backward"]
@@ -30,35 +30,8 @@ assert len(SHAPES) >= 30
 
 @pytest.fixture(scope="module")
 def programs(request):
-    if not shutil.which("g++"):
-        pytest.skip("g++ is needed to build the programs")
-    headers = cuda_programs.find_headers()
-    if not headers:
-        pytest.skip("the CUDA toolkit's headers are needed: none in CUDA_HOME, beside nvcc, or in site-packages/nvidia")
-    programs = cuda_programs.Programs(request.config.cache.mkdir("cuda_on_host"), headers)
-    # One test waits for the programs it needs; for the whole file all are built side by side.
-    if sum(item.path == request.path for item in request.session.items) > 100:
-        for variant in ["plain", "asan", "race"]:
-            programs.start("engine", variant)
-            programs.start("mlp", variant)
-        for defect in DEFECTS.values():
-            programs.start(*defect.program)
-    yield programs
-    programs.close()
-
-
-def run(program, case, **options):
-    """The exit status and output of one case. A crash is not a status: it fails here."""
-    command = [program, case, *(f"{key}={value}" for key, value in options.items())]
-    # Leak checking needs ptrace, which containers often forbid; fibers never unwind anyway.
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={"ASAN_OPTIONS": "detect_leaks=0"})
-    assert done.returncode in (0, 1), f"{command}: exit status {done.returncode}\n{done.stdout}{done.stderr[:4000]}"
-    return done.returncode, done.stdout + done.stderr
-
-
-def check(program, case, **options):
-    status, output = run(program, case, **options)
-    assert status == 0, output
+    wanted = [(name, variant) for variant in cuda_programs.VARIANTS for name in ("engine", "mlp")]
+    yield from cuda_programs.provide(request, wanted + [defect.program for defect in DEFECTS.values()])
 
 
 # --- the kernels are right

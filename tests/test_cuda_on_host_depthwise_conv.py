@@ -2,12 +2,10 @@
 the input and of the weights, against plain loops in double, in four schedules with the same bits.
 """
 
-import shutil
-
 import pytest
 
 import cuda_programs
-from test_cuda_on_host import check, run
+from cuda_programs import check, run
 
 PROGRAM = "depthwise_conv"
 BYTES = {"float": 4, "half": 2, "bfloat16": 2, "double": 8}
@@ -37,20 +35,8 @@ assert len(SHAPES) >= 30
 
 @pytest.fixture(scope="module")
 def programs(request):
-    if not shutil.which("g++"):
-        pytest.skip("g++ is needed to build the programs")
-    headers = cuda_programs.find_headers()
-    if not headers:
-        pytest.skip("the CUDA toolkit's headers are needed: none in CUDA_HOME, beside nvcc, or in site-packages/nvidia")
-    programs = cuda_programs.Programs(request.config.cache.mkdir("cuda_on_host"), headers)
-    # One test waits for the programs it needs; for the whole file all are built side by side.
-    if sum(item.path == request.path for item in request.session.items) > 50:
-        for variant in ["plain", "asan", "race"]:
-            programs.start(PROGRAM, variant)
-        for file, old, new, *_ in DEFECTS.values():
-            programs.start(*mutant(file, old, new))
-    yield programs
-    programs.close()
+    wanted = [(PROGRAM, variant) for variant in cuda_programs.VARIANTS]
+    yield from cuda_programs.provide(request, wanted + [mutant(*defect[:3]) for defect in DEFECTS.values()])
 
 
 def options_of(operator, shape, dtype, number):
