@@ -47,10 +47,17 @@ def _gpus() -> list[dict[str, Any]]:
     return out
 
 
-def describe_environment() -> dict[str, Any]:
-    """Versions, the build, the processor and the GPUs, ready for JSON. What is not known is None."""
+def describe_environment(paths: bool = False) -> dict[str, Any]:
+    """Versions, the build, the processor and the GPUs, ready for JSON. What is not known is None.
+
+    `paths` adds where the libraries lie and what the build said, which names folders too. Results that are passed on
+    go without.
+    """
     status = native.status()
     bindings = status.bindings
+    build = native.build_info()
+    if build and not paths:
+        del build["plan"]
     return {
         "convnext_kernels": __version__,
         "python": platform.python_version(),
@@ -63,12 +70,12 @@ def describe_environment() -> dict[str, Any]:
         "cpu_capability": None if bindings is None else bindings.cpu_capability(),
         "gpus": _gpus(),
         "libraries": {
-            "folder": str(status.folder),
+            **({"folder": str(status.folder)} if paths else {}),
             "found_in": status.found_in,
             "cuda_loaded": status.cuda_loaded,
             "cuda_reason": status.cuda_reason,
         },
-        "build": native.build_info(),
+        "build": build,
     }
 
 

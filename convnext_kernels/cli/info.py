@@ -55,7 +55,7 @@ def _lines(environment: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _run(options: argparse.Namespace) -> int:
-    environment, backends = describe_environment(), describe_backends()
+    environment, backends = describe_environment(paths=True), describe_backends()
     if options.json:
         print(json.dumps({"environment": environment, "backends": backends}, indent=1))
         return 0
