@@ -101,6 +101,7 @@ class Programs:
             *sorted(FOLDER.glob("*.h")),
             *sorted(KERNELS.rglob("*.cuh")),
             *sorted(KERNELS.rglob("*_plan.h")),
+            KERNELS / "common" / "chip.h",
         ]
         changes = [*flags, *(text for edit in edits for text in edit)]
         edition = _digest(changes)[:8]

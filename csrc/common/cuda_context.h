@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <string>
 
+#include "common/chip.h"
 #include "common/machine.cuh"
 #include "common/tensor.h"
 
@@ -21,20 +22,25 @@ class CudaContext {
       throw std::runtime_error("convnext_kernels: PyTorch gave no current stream of device " +
                                std::to_string(tensor.get_device()));
     stream_ = static_cast<cudaStream_t>(stream);
-    const cudaError_t error =
-        cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, tensor.get_device());
-    if (error != cudaSuccess)
-      throw std::runtime_error("convnext_kernels: CUDA error '" + std::string(cudaGetErrorString(error)) +
-                               "' asking device " + std::to_string(tensor.get_device()) + " for its multiprocessors");
+    const auto ask = [&](cudaDeviceAttr attribute) {
+      int value = 0;
+      const cudaError_t error = cudaDeviceGetAttribute(&value, attribute, tensor.get_device());
+      if (error != cudaSuccess)
+        throw std::runtime_error("convnext_kernels: CUDA error '" + std::string(cudaGetErrorString(error)) +
+                                 "' asking device " + std::to_string(tensor.get_device()) + " for its limits");
+      return value;
+    };
+    chip_ = {ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+             ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor), ask(cudaDevAttrMaxThreadsPerMultiProcessor)};
   }
 
   cudaStream_t stream() const { return stream_; }
-  int multiprocessors() const { return multiprocessors_; }
+  const Chip& chip() const { return chip_; }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
-  int multiprocessors_ = 0;
+  Chip chip_{};
 };
 
 inline void check_cuda(const char* op, const char* argument, const Tensor& tensor, const Tensor& like) {

@@ -57,19 +57,6 @@ void check_sample_scale(const char* op, const OptionalTensor& sample_scale, cons
 
 // --- launches
 
-Chip chip_of(const Tensor& tensor, const CudaContext& context) {
-  const auto ask = [&](cudaDeviceAttr attribute) {
-    int value = 0;
-    const cudaError_t error = cudaDeviceGetAttribute(&value, attribute, tensor.get_device());
-    if (error != cudaSuccess)
-      throw std::runtime_error("convnext_kernels: CUDA error '" + std::string(cudaGetErrorString(error)) +
-                               "' asking device " + std::to_string(tensor.get_device()) + " for its shared memory");
-    return value;
-  };
-  return {context.multiprocessors(), ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
-}
-
 template <class T>
 const T* data_or_null(const OptionalTensor& tensor) {
   return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
@@ -104,7 +91,7 @@ void run_convolution_as(const Convolution& c, const CudaContext& context) {
   params.transposed = c.transposed;
   const bool aligned =
       is_vector_aligned(c.x) && is_vector_aligned(c.y) && (!c.residual || is_vector_aligned(*c.residual));
-  launch_convolution(c.op, params, aligned, chip_of(c.x, context), context.stream());
+  launch_convolution(c.op, params, aligned, context.chip(), context.stream());
 }
 
 void run_convolution(const Convolution& c, const CudaContext& context) {
@@ -192,7 +179,7 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_weight_grad(const Tensor& grad, cons
   const std::vector<int64_t> weight_shape = {shape.channels, 1, kernel_size, kernel_size};
   const WeightGradientLaunch plan = plan_weight_gradient(
       shape, result_shape.height, static_cast<int>(kernel_size), static_cast<int>(stride),
-      static_cast<int64_t>(x.element_size()), is_vector_aligned(x) && is_vector_aligned(grad), chip_of(x, context));
+      static_cast<int64_t>(x.element_size()), is_vector_aligned(x) && is_vector_aligned(grad), context.chip());
   if (plan.partial_rows() == 0) return {zeros(x, weight_shape, type), zeros(x, {shape.channels}, type)};
   const Tensor grad_weight = empty(x, weight_shape, type), grad_bias = empty(x, {shape.channels}, type);
   const Tensor partials = empty(x, {plan.partial_rows(), kernel_size * kernel_size + 1, shape.channels}, type);

@@ -5,14 +5,9 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace convnext_kernels::depthwise_conv {
+#include "common/chip.h"
 
-// What of a GPU matters here.
-struct Chip {
-  int multiprocessors;
-  int64_t shared_bytes_per_block;  // with opt-in
-  int64_t shared_bytes_per_multiprocessor;
-};
+namespace convnext_kernels::depthwise_conv {
 
 // --- the tuned kernels: 7 x 7, stride 1, computed in fp32 --------------------------------------------------------
 
