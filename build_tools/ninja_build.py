@@ -2,7 +2,7 @@
 
     libconvnext_kernels_cpu.so    csrc/operators.cpp (the schemas), every csrc/*/cpu.cpp once, and every
                                   csrc/*/cpu_kernels.cpp once for each CPU capability
-    libconvnext_kernels_cuda.so   every csrc/*/cuda.cu; a library of its own, so that a CPU build of PyTorch, which has
+    libconvnext_kernels_cuda.so   every csrc/*/cuda*.cu; a library of its own, so that a CPU build of PyTorch, which has
                                   no CUDA stream to ask for, never loads it
     _C                            csrc/bindings.cpp: build facts, through pybind11; one for each Python version
 
@@ -105,7 +105,7 @@ def make_plan(root, environ=os.environ, search_path=None):
         capabilities=capabilities,
         toolkit=toolkit,
         architectures=architectures,
-        cuda_sources=sorted(root.glob("csrc/*/cuda.cu")),
+        cuda_sources=sorted(root.glob("csrc/*/cuda*.cu")),
         announcement="\n".join(lines),
     )
 
