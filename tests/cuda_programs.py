@@ -104,18 +104,14 @@ class Programs:
             KERNELS / "common" / "chip.h",
         ]
         changes = [*flags, *(text for edit in edits for text in edit)]
-        edition = _digest(changes)[:8]
+        edition = digest(changes)[:8]
         target = self._target(f"{name}-{variant}-{edition}", inputs, [*VARIANTS[variant], *changes])
         program = target / name
         if not program.is_file():
             objects = engine.result()
             work = self._work_folder(target)
             edited = work / "csrc"
-            for file, old, new in edits:
-                text = (edited / file if (edited / file).exists() else KERNELS / file).read_text()
-                assert text.count(old) == 1, f"{file} should hold this text once, not {text.count(old)} times: {old!r}"
-                (edited / file).parent.mkdir(parents=True, exist_ok=True)
-                (edited / file).write_text(text.replace(old, new))
+            write_edited(edited, edits)
             include = [f"-I{edited}"] if edits else []
             include += ["-isystem", str(self.headers), f"-I{KERNELS}", f"-I{FOLDER}"]
             instrumented = INSTRUMENTED.get(variant, [])
@@ -127,7 +123,7 @@ class Programs:
 
     def _target(self, name, inputs, extra):
         sources = [f"{path.name}\0{path.read_text()}" for path in inputs]
-        return self.cache / f"{name}-{_digest([*self.salt, *FLAGS, *extra, *sources])}"
+        return self.cache / f"{name}-{digest([*self.salt, *FLAGS, *extra, *sources])}"
 
     def _work_folder(self, target):
         work = target.with_name(f"{target.name}.{os.getpid()}")
@@ -155,11 +151,20 @@ class Programs:
             raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
 
 
-def _digest(texts):
-    digest = hashlib.sha256()
+def write_edited(folder, edits):
+    """Writes the changed files of csrc into `folder`."""
+    for file, old, new in edits:
+        text = (folder / file if (folder / file).exists() else KERNELS / file).read_text()
+        assert text.count(old) == 1, f"{file} should hold this text once, not {text.count(old)} times: {old!r}"
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(text.replace(old, new))
+
+
+def digest(texts):
+    state = hashlib.sha256()
     for text in texts:
-        digest.update(text.encode() + b"\0")
-    return digest.hexdigest()[:20]
+        state.update(text.encode() + b"\0")
+    return state.hexdigest()[:20]
 
 
 def _processor():
@@ -171,7 +176,7 @@ def _processor():
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def provide(request, wanted):
+def provide(request, wanted, builder=Programs):
     """What a file's `programs` fixture yields: the builder, with the (name, variant, ...) of `wanted` on their way.
 
     One test alone waits for the programs it needs; for a whole file all are built side by side.
@@ -181,7 +186,7 @@ def provide(request, wanted):
     headers = find_headers()
     if not headers:
         pytest.skip("the CUDA toolkit's headers are needed: none in CUDA_HOME, beside nvcc, or in site-packages/nvidia")
-    programs = Programs(request.config.cache.mkdir("cuda_on_host"), headers)
+    programs = builder(request.config.cache.mkdir("cuda_on_host"), headers)
     if sum(item.path == request.path for item in request.session.items) > 50:
         for program in wanted:
             programs.start(*program)

@@ -9,15 +9,16 @@ import numerics
 
 pytestmark = pytest.mark.gpu
 
+DEVICE = "cuda"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(49, 384), (3, 7, 7, 768), (1, 3072), (1000, 96), (37, 40), (13, 100), (5, 3), (300, 1), (7, 2056)]
 ops = torch.ops.convnext_kernels
 
 
 def make(shape, dtype, bias_dtype=torch.float32):
-    x = (2 * torch.randn(shape, device="cuda")).to(dtype)
-    bias = torch.randn(shape[-1], device="cuda").to(bias_dtype)
-    return x, torch.randn(shape, device="cuda").to(dtype), bias
+    x = (2 * torch.randn(shape, device=DEVICE)).to(dtype)
+    bias = torch.randn(shape[-1], device=DEVICE).to(bias_dtype)
+    return x, torch.randn(shape, device=DEVICE).to(dtype), bias
 
 
 def in_pytorch(grad, x, bias, approximate):
@@ -60,42 +61,45 @@ def test_bias_of_any_dtype(dtype, bias_dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_without_bias(dtype):
     x, grad, _ = make((33, 72), dtype)
-    zero = torch.zeros(72, device="cuda")
+    zero = torch.zeros(72, device=DEVICE)
     assert torch.equal(ops.bias_gelu(x, None, "none"), ops.bias_gelu(x, zero, "none"))
     grad_x, grad_bias = ops.bias_gelu_backward(grad, x, None, "none")
     assert torch.equal(grad_x, ops.bias_gelu_backward(grad, x, zero, "none")[0])
     assert grad_bias.shape == (0,)
 
 
+@pytest.mark.parametrize("unaligned", [("x",), ("grad",), ("x", "grad")], ids="-".join)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_unaligned_tensor(dtype):
-    memory, grad_memory = (torch.randn(33 * 72 + 1, device="cuda").to(dtype) for _ in range(2))
-    x, grad = memory[1:].view(33, 72), grad_memory[1:].view(33, 72)
-    bias = torch.randn(72, device="cuda")
-    assert torch.equal(ops.bias_gelu(x, bias, "none"), ops.bias_gelu(x.clone(), bias, "none"))
-    ours = ops.bias_gelu_backward(grad, x, bias, "none")
-    aligned = ops.bias_gelu_backward(grad.clone(), x.clone(), bias, "none")
-    assert torch.equal(ours[0], aligned[0])
-    torch.testing.assert_close(ours[1], aligned[1])
+def test_unaligned_tensors(dtype, unaligned):
+    x, grad, bias = make((33, 72), dtype)
+
+    def moved(name, t):
+        memory = torch.empty(t.numel() + 1, device=DEVICE, dtype=t.dtype)
+        return memory[1:].view(t.shape).copy_(t) if name in unaligned else t
+
+    ours = both(moved("grad", grad), moved("x", x), bias)
+    aligned = both(grad, x, bias)
+    assert torch.equal(ours[0], aligned[0]) and torch.equal(ours[1], aligned[1])
+    torch.testing.assert_close(ours[2], aligned[2])
 
 
 def test_empty():
-    x = torch.empty(0, 7, 96, device="cuda", dtype=torch.bfloat16)
-    bias = torch.randn(96, device="cuda")
+    x = torch.empty(0, 7, 96, device=DEVICE, dtype=torch.bfloat16)
+    bias = torch.randn(96, device=DEVICE)
     assert ops.bias_gelu(x, bias, "none").shape == x.shape
     grad_x, grad_bias = ops.bias_gelu_backward(x, x, bias, "none")
     assert grad_x.shape == x.shape
-    assert torch.equal(grad_bias, torch.zeros(96, device="cuda"))
+    assert torch.equal(grad_bias, torch.zeros(96, device=DEVICE))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_non_finite_values(dtype):
-    x = torch.tensor([[float("inf"), -float("inf"), float("nan"), 3e4, -3e4]], device="cuda", dtype=dtype)
+    x = torch.tensor([[float("inf"), -float("inf"), float("nan"), 3e4, -3e4]], device=DEVICE, dtype=dtype)
     for approximate in ["none", "tanh"]:
         y, expected = ops.bias_gelu(x, None, approximate), F.gelu(x, approximate=approximate)
         torch.testing.assert_close(y, expected, equal_nan=True)
         grad_x, _ = ops.bias_gelu_backward(torch.ones_like(x), x, None, approximate)
-        zero = torch.zeros(5, device="cuda", dtype=dtype)
+        zero = torch.zeros(5, device=DEVICE, dtype=dtype)
         expected = in_pytorch(torch.ones_like(x), x, zero, approximate)[1]
         torch.testing.assert_close(grad_x, expected, equal_nan=True)
 
@@ -157,9 +161,9 @@ def test_more_than_2_to_31_elements():
     rows, columns = 2**31 // 3072 + 5, 3072
     if torch.cuda.mem_get_info()[0] < 20 * 2**30:
         pytest.skip("needs 20 GiB of free GPU memory")
-    x = torch.zeros(rows, columns, device="cuda", dtype=torch.bfloat16)
-    x[-3:] = torch.randn(3, columns, device="cuda").to(torch.bfloat16)
-    bias = torch.randn(columns, device="cuda")
+    x = torch.zeros(rows, columns, device=DEVICE, dtype=torch.bfloat16)
+    x[-3:] = torch.randn(3, columns, device=DEVICE).to(torch.bfloat16)
+    bias = torch.randn(columns, device=DEVICE)
     y = ops.bias_gelu(x, bias, "none")
     assert torch.equal(y[-3:], ops.bias_gelu(x[-3:].clone(), bias, "none"))
     assert torch.equal(y[:1].expand(rows - 3, -1), y[:-3])
@@ -180,4 +184,4 @@ def test_errors_name_operator_and_argument():
     ):
         ops.bias_gelu_backward(grad.float(), x, bias, "none")
     with pytest.raises(RuntimeError, match="bias_gelu: argument 'x': expected a contiguous tensor"):
-        ops.bias_gelu(x.t(), torch.zeros(5, device="cuda"), "none")
+        ops.bias_gelu(x.t(), torch.zeros(5, device=DEVICE), "none")

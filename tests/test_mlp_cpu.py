@@ -516,12 +516,12 @@ def test_errors(operator, changes, message):
 @pytest.mark.parametrize(
     "operator, args, message",
     [
-        ("bias_gelu", (torch.tensor(1.0), None, "none"), "bias_gelu: argument 'x': expected a tensor of rank 1"),
+        ("bias_gelu", (torch.tensor(1.0), None, "none"), "bias_gelu: argument 'x': expected .*, got"),
         ("bias_gelu", (E(2, 3).t(), None, "none"), "argument 'x': expected a contiguous"),
         ("bias_gelu", (E(2, 3), E(2), "none"), "argument 'bias'"),
         ("bias_gelu", (E(2, 3), None, "sigmoid"), "argument 'approximate'"),
         ("bias_gelu_backward", (E(3, 3), E(2, 3), None, "none"), "bias_gelu_backward: argument 'grad'.*shape"),
-        ("bias_gelu_backward", (E(2, 3).half(), E(2, 3), None, "none"), "argument 'grad': expected Float, got Half"),
+        ("bias_gelu_backward", (E(2, 3).half(), E(2, 3), None, "none"), "argument 'grad': expected .*Float, got Half"),
         ("bias_gelu_backward", (E(2, 3), E(2, 3), E(4), "none"), "argument 'bias'"),
     ],
 )

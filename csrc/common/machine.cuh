@@ -348,8 +348,7 @@ void launch(const char* op, void (*kernel)(Parameters...), const LaunchShape& sh
                            " blocks of " + text(shape.block) + " threads with " + std::to_string(shape.shared_bytes) +
                            " bytes of shared memory");
 #else
-  (void)op;
-  emu::launch(kernel, shape.grid, shape.block, shape.shared_bytes, std::forward<Arguments>(arguments)...);
+  emu::launch(op, kernel, shape.grid, shape.block, shape.shared_bytes, std::forward<Arguments>(arguments)...);
 #endif
 }
 

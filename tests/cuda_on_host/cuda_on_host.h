@@ -41,13 +41,14 @@ static constexpr int warpSize = 32;
 
 namespace emu {
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Arguments&&... arguments) {
+void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+            Arguments&&... arguments) {
   struct Call {
     void (*kernel)(Parameters...);
     std::tuple<std::remove_const_t<Parameters>...> arguments;
   } call{kernel, {std::forward<Arguments>(arguments)...}};
   run(
-      {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared_bytes,
+      op, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared_bytes,
       [](void* context) {
         auto* call = static_cast<Call*>(context);
         std::apply(call->kernel, call->arguments);

@@ -120,6 +120,7 @@ struct Engine {
   std::string message;
   int vote_result = 0;
   std::mt19937_64 random;
+  std::map<std::string, size_t> launches;
 };
 Engine engine;
 
@@ -321,11 +322,18 @@ int lane_id() {
   return static_cast<int>(engine.current->thread % 32);
 }
 
-void run(Size3 grid, Size3 block, size_t shared_bytes, void (*function)(void*), void* context) {
+namespace {
+
+void run_grid(Size3 grid, Size3 block, size_t shared_bytes, void (*function)(void*), void* context) {
   engine.threads = block.x * block.y * block.z;
-  if (!engine.threads || engine.threads > 1024 || block.z > 64) throw Error("launch: not a possible block");
-  if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535) throw Error("launch: not a possible grid");
-  if (shared_bytes > engine.config.most_shared_bytes) throw Error("launch: too much dynamic shared memory");
+  const auto text_of = [](Size3 size) { return text(uint3{size.x, size.y, size.z}); };
+  if (!engine.threads || engine.threads > 1024 || block.z > 64)
+    throw Error("launch: not a possible block: " + text_of(block));
+  if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
+    throw Error("launch: not a possible grid: " + text_of(grid));
+  if (shared_bytes > engine.config.most_shared_bytes)
+    throw Error("launch: too much dynamic shared memory: " + std::to_string(shared_bytes) + " bytes, and a block has " +
+                std::to_string(engine.config.most_shared_bytes));
   engine.function = function;
   engine.context = context;
   engine.shared_bytes = shared_bytes;
@@ -361,6 +369,21 @@ void run(Size3 grid, Size3 block, size_t shared_bytes, void (*function)(void*), 
   } catch (...) {
     drop_fibers();
     throw;
+  }
+}
+
+}  // namespace
+
+const std::map<std::string, size_t>& launches() {
+  return engine.launches;
+}
+
+void run(const char* op, Size3 grid, Size3 block, size_t shared_bytes, void (*function)(void*), void* context) {
+  try {
+    run_grid(grid, block, shared_bytes, function, context);
+    ++engine.launches[op];
+  } catch (const Error& error) {
+    throw Error("convnext_kernels::" + std::string(op) + ": " + error.what());
   }
 }
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -44,8 +45,11 @@ struct Config {
 };
 Config& config();
 
-// --- launch: `function(context)` once in each thread
-void run(Size3 grid, Size3 block, size_t shared_bytes, void (*function)(void*), void* context);
+// --- launch: `function(context)` once in each thread. Errors name the operator `op`.
+void run(const char* op, Size3 grid, Size3 block, size_t shared_bytes, void (*function)(void*), void* context);
+
+// How often each operator has launched a kernel.
+const std::map<std::string, size_t>& launches();
 
 // Ends the launch with an Error that names block, thread and site.
 [[noreturn]] void fail(const std::string& message);
