@@ -63,7 +63,7 @@ __device__ __forceinline__ T from_accumulation(Accumulation<T> value) {
 
 constexpr int kVectorBytes = 16;  // the widest access of one thread on every architecture before sm_100
 
-// kSize neighbouring elements. Those of 16 bytes are read and written by one instruction.
+// kSize neighbouring elements. Those of 16 and of 8 bytes are read and written by one instruction.
 template <class T, int kSize>
 struct alignas(sizeof(T) * kSize) Vector {
   T element[kSize];
@@ -76,8 +76,11 @@ __device__ __forceinline__ Vector<T, kSize> load_streaming(const T* from) {
   if constexpr (sizeof(vector) == kVectorBytes) {
     const uint4 bits = __ldcs(reinterpret_cast<const uint4*>(from));
     std::memcpy(&vector, &bits, sizeof(bits));
+  } else if constexpr (sizeof(vector) == kVectorBytes / 2) {
+    const uint2 bits = __ldcs(reinterpret_cast<const uint2*>(from));
+    std::memcpy(&vector, &bits, sizeof(bits));
   } else {
-    static_assert(kSize == 1, "a vector has one element or 16 bytes");
+    static_assert(kSize == 1, "a vector has one element, 8 bytes or 16");
     vector.element[0] = *from;
   }
   return vector;
@@ -96,8 +99,16 @@ __device__ __forceinline__ void store(T* to, const Vector<T, kSize>& vector) {
 #else
     *reinterpret_cast<uint4*>(to) = bits;
 #endif
+  } else if constexpr (sizeof(vector) == kVectorBytes / 2) {
+    uint2 bits;
+    std::memcpy(&bits, &vector, sizeof(bits));
+#if defined(__CUDACC__)
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(bits.x), "r"(bits.y) : "memory");
+#else
+    *reinterpret_cast<uint2*>(to) = bits;
+#endif
   } else {
-    static_assert(kSize == 1, "a vector has one element or 16 bytes");
+    static_assert(kSize == 1, "a vector has one element, 8 bytes or 16");
     *to = vector.element[0];
   }
 }
