@@ -6,8 +6,8 @@
 
 #include "common/cpu_capability.h"
 #include "common/cpu_element.h"
+#include "common/operator.h"
 #include "common/row_groups.h"
-#include "common/tensor.h"
 
 namespace convnext_kernels {
 
@@ -45,64 +45,20 @@ class Elements {
   int64_t size_ = 0;
 };
 
-// The same memory outside of autograd: nothing the operator calls may depend on the caller's grad mode.
-inline Tensor detach(const Tensor& tensor) {
-  StableIValue stack[1] = {torch::stable::detail::from(tensor)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack, TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-// A parameter as a dense tensor of `type`.
-inline Tensor parameter_as(const Tensor& tensor, ScalarType type) {
-  return as_type(detach(tensor), type);
-}
-inline OptionalTensor parameter_as(const OptionalTensor& tensor, ScalarType type) {
-  return tensor ? OptionalTensor(parameter_as(*tensor, type)) : std::nullopt;
-}
-
-inline void check_parameter(const char* op, const char* argument, const Tensor& tensor,
-                            const std::vector<int64_t>& shape) {
+inline void check_on_cpu(const char* op, const char* argument, const Tensor& tensor, const Tensor&) {
   check_cpu(op, argument, tensor);
-  check_dtype(op, argument, tensor);
-  check_shape(op, argument, tensor, shape);
 }
+
 inline void check_parameter(const char* op, const char* argument, const OptionalTensor& tensor,
                             const std::vector<int64_t>& shape) {
-  if (tensor) check_parameter(op, argument, *tensor, shape);
+  if (tensor) Checks{op, check_on_cpu, *tensor}.parameter(argument, *tensor, shape);
 }
-
-// A dense activation, or a row statistic: (..., columns) of any rank from 1.
 inline void check_activation(const char* op, const char* argument, const Tensor& tensor) {
-  check_cpu(op, argument, tensor);
-  check_dtype(op, argument, tensor);
-  if (tensor.dim() < 1) fail(op, argument, "a tensor of rank 1 or more", "rank 0");
-  if (tensor.size(-1) < 1) fail(op, argument, "at least one channel", "shape " + describe(tensor.sizes()));
-  check_contiguous(op, argument, tensor);
+  Checks{op, check_on_cpu, tensor}.activation(argument, tensor);
 }
-
 inline void check_like(const char* op, const char* argument, const Tensor& tensor, const std::vector<int64_t>& shape,
                        ScalarType type) {
-  check_cpu(op, argument, tensor);
-  check_shape(op, argument, tensor, shape);
-  if (tensor.scalar_type() != type) fail(op, argument, describe(type), describe(tensor.scalar_type()));
-  check_contiguous(op, argument, tensor);
-}
-
-inline std::vector<int64_t> shape_of(const Tensor& tensor) {
-  const auto sizes = tensor.sizes();
-  return std::vector<int64_t>(sizes.begin(), sizes.end());
-}
-
-inline std::vector<int64_t> shape_without_last(const Tensor& tensor) {
-  auto shape = shape_of(tensor);
-  shape.pop_back();
-  return shape;
-}
-
-inline std::vector<int64_t> shape_with_last(const Tensor& tensor, int64_t last) {
-  auto shape = shape_of(tensor);
-  shape.back() = last;
-  return shape;
+  Checks{op, check_on_cpu, tensor}.like(argument, tensor, shape, type);
 }
 
 // Calls f(group, first row, end row) for every group, in parallel.

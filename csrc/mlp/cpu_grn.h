@@ -4,9 +4,9 @@
 #include <cmath>
 #include <cstdint>
 
-namespace convnext_kernels {
+#include "mlp/grn.h"
 
-constexpr double kGrnEps = 1e-6;
+namespace convnext_kernels {
 
 // The mean of G, plus eps; `squares` (columns), the sums of g^2, becomes G.
 template <class A>

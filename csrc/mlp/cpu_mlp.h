@@ -2,28 +2,15 @@
 // and the chunks that rows are taken through the matrix products in.
 #pragma once
 #include "common/cpu_operator.h"
+#include "common/gemm.h"
 #include "layer_norm/cpu_table.h"
-#include "mlp/cpu_gemm.h"
+#include "mlp/arguments.h"
 #include "mlp/cpu_grn.h"
 #include "mlp/cpu_rows.h"
 #include "mlp/cpu_table.h"
 #include "mlp/plan.h"
 
 namespace convnext_kernels {
-
-inline bool is_tanh(const char* op, const std::string& approximate) {
-  if (approximate != "none" && approximate != "tanh") fail(op, "approximate", "'none' or 'tanh'", approximate);
-  return approximate == "tanh";
-}
-
-// The parameters of layer_norm_mlp, in the order of the schema.
-struct MlpParameters {
-  OptionalTensor norm_weight, norm_bias;
-  Tensor fc1_weight;
-  OptionalTensor fc1_bias, grn_weight, grn_bias;
-  Tensor fc2_weight;
-  OptionalTensor fc2_bias, layer_scale, sample_scale;
-};
 
 struct Chunk {
   int64_t first, rows;
@@ -40,18 +27,12 @@ struct Run {
   double scale;  // the sample's
 };
 
-class Mlp {
+class Mlp : public MlpArguments {
  public:
-  // Raises where the arguments do not fit together. The parameters become dense: those of the matrix products in z's
-  // type, the others in the accumulation type.
+  // The parameters become dense: those of the matrix products in z's type, the others in the accumulation type.
   Mlp(const char* op, const Tensor& z, const MlpParameters& given)
-      : channels(checked(op, z).size(-1)),
-        hidden(hidden_of(op, given.fc1_weight)),
-        samples(z.size(0)),
-        rows_per_sample(samples ? z.numel() / channels / samples : 0),
-        type(z.scalar_type()),
-        accumulation(accumulation_type(type)),
-        parameters(prepared(op, given)),
+      : MlpArguments(op, check_on_cpu, z, given),
+        parameters(prepared(given)),
         live(parameters.sample_scale, samples, rows_per_sample),
         norm_weight(parameters.norm_weight),
         norm_bias(parameters.norm_bias),
@@ -105,38 +86,12 @@ class Mlp {
 
   bool dense(const Chunk& chunk) const { return live.dense(chunk.first, chunk.first + chunk.rows); }
 
-  const int64_t channels, hidden, samples, rows_per_sample;
-  const ScalarType type, accumulation;
   const MlpParameters parameters;
   const LiveRows live;
   const Elements norm_weight, norm_bias, grn_weight, grn_bias, layer_scale;
 
  private:
-  static const Tensor& checked(const char* op, const Tensor& z) {
-    check_activation(op, "z", z);
-    if (z.dim() < 2) fail(op, "z", "a tensor of rank 2 or more", "rank 1");
-    return z;
-  }
-
-  static int64_t hidden_of(const char* op, const Tensor& fc1_weight) {
-    check_rank(op, "fc1_weight", fc1_weight, 2);
-    if (fc1_weight.size(0) < 1) fail(op, "fc1_weight", "at least one row", "shape " + describe(fc1_weight.sizes()));
-    return fc1_weight.size(0);
-  }
-
-  MlpParameters prepared(const char* op, const MlpParameters& given) const {
-    check_parameter(op, "norm_weight", given.norm_weight, {channels});
-    check_parameter(op, "norm_bias", given.norm_bias, {channels});
-    check_parameter(op, "fc1_weight", given.fc1_weight, {hidden, channels});
-    check_parameter(op, "fc1_bias", given.fc1_bias, {hidden});
-    check_parameter(op, "grn_weight", given.grn_weight, {hidden});
-    check_parameter(op, "grn_bias", given.grn_bias, {hidden});
-    if (given.grn_weight.has_value() != given.grn_bias.has_value())
-      fail(op, given.grn_weight ? "grn_bias" : "grn_weight", "both of grn_weight and grn_bias, or neither", "None");
-    check_parameter(op, "fc2_weight", given.fc2_weight, {channels, hidden});
-    check_parameter(op, "fc2_bias", given.fc2_bias, {channels});
-    check_parameter(op, "layer_scale", given.layer_scale, {channels});
-    if (given.sample_scale) check_like(op, "sample_scale", *given.sample_scale, {samples}, accumulation);
+  MlpParameters prepared(const MlpParameters& given) const {
     return {parameter_as(given.norm_weight, accumulation), parameter_as(given.norm_bias, accumulation),
             parameter_as(given.fc1_weight, type),          parameter_as(given.fc1_bias, type),
             parameter_as(given.grn_weight, accumulation),  parameter_as(given.grn_bias, accumulation),

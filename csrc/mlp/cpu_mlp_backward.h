@@ -6,21 +6,6 @@
 
 namespace convnext_kernels {
 
-// The results of layer_norm_mlp_backward, and the bits of output_mask.
-enum MlpGradient {
-  kGradZ,
-  kGradNormWeight,
-  kGradNormBias,
-  kGradFc1Weight,
-  kGradFc1Bias,
-  kGradGrnWeight,
-  kGradGrnBias,
-  kGradFc2Weight,
-  kGradFc2Bias,
-  kGradLayerScale,
-  kMlpGradients
-};
-
 // The gradient of a weight: products of matrices, added up over chunks in the accumulation type.
 class WeightGradient {
  public:
@@ -64,31 +49,20 @@ class MlpBackward {
         like_(z),
         tanh_(is_tanh(kName, approximate)),
         kernels_(mlp_kernels()),
-        type_(element_of(mlp_.type)) {
-    check_activation(kName, "grad", grad);
-    check_shape(kName, "grad", grad, shape_of(z));
-    check_like(kName, "mean", mean, shape_without_last(z), mlp_.accumulation);
-    check_like(kName, "rstd", rstd, shape_without_last(z), mlp_.accumulation);
-    const bool has_hidden = hidden.dim() != 1;  // without it, shape (0)
-    if (has_hidden) check_like(kName, "hidden", hidden, shape_with_last(z, mlp_.hidden), mlp_.type);
-    if (mask < 0 || mask >> kMlpGradients)
-      fail(kName, "output_mask", "bits 0 to " + std::to_string(kMlpGradients - 1), std::to_string(mask));
-
+        type_(element_of(mlp_.type)),
+        wants_(p_, mask, mlp_.type == mlp_.accumulation) {
+    mlp_.check_backward(grad, mean, rstd, hidden, mask);
     const bool same = accumulation_type(grad.scalar_type()) == mlp_.accumulation;
     grad_tensor_ = same ? grad : torch::stable::to(detach(grad), mlp_.accumulation);
     grad_ = Elements(*grad_tensor_);
     z_ = Elements(z);
     mean_ = Elements(mean);
     rstd_ = Elements(rstd);
-    if (has_hidden) kept_ = Elements(hidden);
-    allocate_results(mask);
-
-    wants_norm_ = wants(kGradZ) || wants(kGradNormWeight) || wants(kGradNormBias);
-    wants_grad_hidden_ = wants_norm_ || wants(kGradFc1Weight) || wants(kGradFc1Bias);
-    wants_grad_activated_ = wants_grad_hidden_ || wants(kGradGrnWeight) || wants(kGradGrnBias);
-    wants_activated_ = wants(kGradFc2Weight) || wants(kGradLayerScale);
-    by_weights_ = wants(kGradLayerScale) && mlp_.type == mlp_.accumulation;
-    wants_branch_grad_ = wants_grad_activated_ || wants(kGradFc2Weight) || wants(kGradFc2Bias) || by_weights_;
+    if (MlpArguments::has_kept(hidden)) kept_ = Elements(hidden);
+    // Rows of dropped samples are not written; nothing is where there are no rows.
+    results_ = allocate_gradients(mlp_, wants_, [&](MlpGradient gradient) {
+      return mlp_.live.count() == 0 || (gradient == kGradZ && !mlp_.live.dropped_samples().empty());
+    });
   }
 
   std::vector<Tensor> run() {
@@ -98,40 +72,12 @@ class MlpBackward {
     if (chunks.empty()) return results_;
     allocate_workspace(chunks);
     for (const Chunk& chunk : chunks) run_chunk(chunk);
-    if (by_weights_) finish_by_weights();
+    if (wants_.by_weights) finish_by_weights();
     return results_;
   }
 
  private:
   static constexpr const char* kName = "layer_norm_mlp_backward";
-
-  bool wants(MlpGradient gradient) const { return wanted_[gradient]; }
-
-  void allocate_results(int64_t mask) {
-    const int64_t c = mlp_.channels, k = mlp_.hidden;
-    const std::vector<int64_t> shapes[] = {shape_of(like_), {c}, {c}, {k, c}, {k}, {k}, {k}, {c, k}, {c}, {c}};
-    const bool exists[] = {true,
-                           p_.norm_weight.has_value(),
-                           p_.norm_bias.has_value(),
-                           true,
-                           p_.fc1_bias.has_value(),
-                           p_.grn_weight.has_value(),
-                           p_.grn_bias.has_value(),
-                           true,
-                           p_.fc2_bias.has_value(),
-                           p_.layer_scale.has_value()};
-    for (int i = 0; i < kMlpGradients; ++i) {
-      wanted_[i] = exists[i] && (mask >> i & 1);
-      if (!wanted_[i]) {
-        results_.push_back(empty(like_, {0}, mlp_.accumulation));
-        continue;
-      }
-      // Rows of dropped samples are not written; nothing is where there are no rows.
-      const bool unwritten = mlp_.live.count() == 0 || (i == kGradZ && !mlp_.live.dropped_samples().empty());
-      const ScalarType type = i == kGradZ ? mlp_.type : mlp_.accumulation;
-      results_.push_back(unwritten ? zeros(like_, shapes[i], type) : empty(like_, shapes[i], type));
-    }
-  }
 
   ColumnSums sums(bool wanted, int64_t parts, int64_t columns) const {
     return ColumnSums(like_, wanted, parts, columns, mlp_.accumulation);
@@ -141,11 +87,11 @@ class MlpBackward {
     const int64_t c = mlp_.channels, k = mlp_.hidden, rows = chunks.front().rows, groups = most_groups(chunks);
     narrow_buffers_ = {empty(like_, {rows, c}, mlp_.type), empty(like_, {rows, c}, mlp_.type)};
     hidden_buffers_ = {empty(like_, {rows, k}, mlp_.type), empty(like_, {rows, k}, mlp_.type)};
-    norm_weight_sums_ = sums(wants(kGradNormWeight), groups, c);
-    norm_bias_sums_ = sums(wants(kGradNormBias), groups, c);
-    fc1_bias_sums_ = sums(wants(kGradFc1Bias), groups, k);
-    branch_sums_ = sums(wants(kGradFc2Bias) || by_weights_, groups, c);
-    layer_scale_sums_ = sums(wants(kGradLayerScale) && !by_weights_, groups, c);
+    norm_weight_sums_ = sums(wants_(kGradNormWeight), groups, c);
+    norm_bias_sums_ = sums(wants_(kGradNormBias), groups, c);
+    fc1_bias_sums_ = sums(wants_(kGradFc1Bias), groups, k);
+    branch_sums_ = sums(wants_(kGradFc2Bias) || wants_.by_weights, groups, c);
+    layer_scale_sums_ = sums(wants_(kGradLayerScale) && !wants_.by_weights, groups, c);
     if (mlp_.grn_weight) {
       const int64_t images = mlp_.images(chunks.front());
       square_sums_ = sums(true, groups, k);
@@ -156,10 +102,10 @@ class MlpBackward {
       factors_ = sums(true, images, k);
       feedback_ = sums(true, images, k);
     }
-    if (wants(kGradFc1Weight)) fc1_weight_.emplace(results_[kGradFc1Weight], mlp_.type);
-    if (wants(kGradFc2Weight)) fc2_sum_ = results_[kGradFc2Weight];
-    if (wants(kGradFc2Bias)) branch_total_ = results_[kGradFc2Bias];
-    if (by_weights_) {
+    if (wants_(kGradFc1Weight)) fc1_weight_.emplace(results_[kGradFc1Weight], mlp_.type);
+    if (wants_(kGradFc2Weight)) fc2_sum_ = results_[kGradFc2Weight];
+    if (wants_(kGradFc2Bias)) branch_total_ = results_[kGradFc2Bias];
+    if (wants_.by_weights) {
       if (!fc2_sum_) fc2_sum_ = empty(like_, {c, k}, mlp_.accumulation);
       if (!branch_total_) branch_total_ = empty(like_, {c}, mlp_.accumulation);
       scaled_fc2_weight_ = empty(like_, {c, k}, mlp_.accumulation);
@@ -174,16 +120,17 @@ class MlpBackward {
     const Tensor hidden = rows_of(hidden_buffers_[0], 0, chunk.rows);
     const Tensor grad_hidden = rows_of(hidden_buffers_[1], 0, chunk.rows);
 
-    if (wants_grad_hidden_ || wants_activated_ || wants(kGradGrnWeight)) compute_hidden(chunk, normalised, hidden);
-    if (wants_branch_grad_) compute_branch_grad(chunk, branch);
-    if (wants_grad_activated_) matmul_into(grad_hidden, branch, by_weights_ ? *scaled_fc2_weight_ : p_.fc2_weight);
+    if (wants_.grad_hidden || wants_.activated || wants_(kGradGrnWeight)) compute_hidden(chunk, normalised, hidden);
+    if (wants_.branch_grad) compute_branch_grad(chunk, branch);
+    if (wants_.grad_activated)
+      matmul_into(grad_hidden, branch, wants_.by_weights ? *scaled_fc2_weight_ : p_.fc2_weight);
     if (mlp_.grn_weight) compute_grn(chunk, hidden, grad_hidden);
-    if (wants_grad_hidden_ || wants_activated_) compute_activation(chunk, hidden, grad_hidden);
+    if (wants_.grad_hidden || wants_.activated) compute_activation(chunk, hidden, grad_hidden);
 
     if (fc2_weight_) fc2_weight_->add_product(transposed(branch), hidden);
     if (layer_scale_sums_) compute_layer_scale(chunk, hidden, branch);
     if (fc1_weight_) fc1_weight_->add_product(transposed(grad_hidden), normalised);
-    if (wants_norm_) {
+    if (wants_.norm) {
       matmul_into(branch, grad_hidden, p_.fc1_weight);
       compute_norm(chunk, branch);
     }
@@ -214,7 +161,7 @@ class MlpBackward {
   void compute_branch_grad(const Chunk& chunk, const Tensor& branch) const {
     const int64_t c = mlp_.channels;
     const Elements to(branch);
-    const void* layer_scale = by_weights_ ? nullptr : mlp_.layer_scale.at(0);
+    const void* layer_scale = wants_.by_weights ? nullptr : mlp_.layer_scale.at(0);
     mlp_.for_each_run(chunk, [&](const Run& run) {
       kernels_.branch_grad(grad_.type(), type_, run.rows, c, grad_.at(run.position * c), layer_scale, run.scale,
                            to.at(run.row * c), branch_sums_.part(run.group, run.first));
@@ -236,7 +183,7 @@ class MlpBackward {
 
   // GRN's norms, the gradients of its parameters, and what its backward multiplies with.
   void compute_grn(const Chunk& chunk, const Tensor& hidden, const Tensor& grad) {
-    const Elements from(hidden), grads = wants_grad_activated_ ? Elements(grad) : Elements();
+    const Elements from(hidden), grads = wants_.grad_activated ? Elements(grad) : Elements();
     for_each_group(chunk.groups, [&](int64_t group, int64_t begin, int64_t end) {
       kernels_.grn_backward_sums(
           hidden_rows(begin, end, from, grads),
@@ -249,17 +196,17 @@ class MlpBackward {
       grn_gradients(mlp_.hidden, weight, norms_.part(image), products_.part(image), factors_.part(image),
                     feedback_.part(image));
     });
-    if (wants(kGradGrnWeight)) products_.finish(mlp_.images(chunk), chunk.first > 0, results_[kGradGrnWeight]);
-    if (wants(kGradGrnBias)) grad_sums_.finish(chunk.groups.count, chunk.first > 0, results_[kGradGrnBias]);
+    if (wants_(kGradGrnWeight)) products_.finish(mlp_.images(chunk), chunk.first > 0, results_[kGradGrnWeight]);
+    if (wants_(kGradGrnBias)) grad_sums_.finish(chunk.groups.count, chunk.first > 0, results_[kGradGrnBias]);
   }
 
   // g' in place of h, dh in place of dg.
   void compute_activation(const Chunk& chunk, const Tensor& hidden, const Tensor& grad) const {
     const int64_t k = mlp_.hidden;
-    const Elements values(hidden), grads = wants_grad_hidden_ ? Elements(grad) : Elements();
+    const Elements values(hidden), grads = wants_.grad_hidden ? Elements(grad) : Elements();
     for_each_group(chunk.groups, [&](int64_t group, int64_t begin, int64_t end) {
       HiddenRows rows = hidden_rows(begin, end, values, grads);
-      rows.result = wants_activated_ ? values.at(begin * k) : nullptr;
+      rows.result = wants_.activated ? values.at(begin * k) : nullptr;
       rows.grad_x = grads.at(begin * k);
       rows.grad_sums = fc1_bias_sums_.part(group, true);
       if (mlp_.grn_weight) {
@@ -287,7 +234,7 @@ class MlpBackward {
 
   void compute_norm(const Chunk& chunk, const Tensor& grad_normalised) const {
     const int64_t c = mlp_.channels;
-    const Elements from(grad_normalised), to = wants(kGradZ) ? Elements(results_[kGradZ]) : Elements();
+    const Elements from(grad_normalised), to = wants_(kGradZ) ? Elements(results_[kGradZ]) : Elements();
     mlp_.for_each_run(chunk, [&](const Run& run) {
       layer_norm_kernels().backward(type_, type_, run.rows, c, from.at(run.row * c), z_.at(run.position * c),
                                     mean_.at(run.position), rstd_.at(run.position), mlp_.norm_weight.at(0),
@@ -317,8 +264,8 @@ class MlpBackward {
       kernels_.dot_rows(type_, end - begin, k, weight.at(begin * k), sum.at(begin * k), grad_scale.at(begin));
     });
     if (bias) kernels_.add_product(type_, c, bias.at(0), total.at(0), grad_scale.at(0));
-    if (wants(kGradFc2Weight)) scale_by_layer(*fc2_sum_, *fc2_sum_);
-    if (wants(kGradFc2Bias)) kernels_.scale_rows(type_, c, 1, total.at(0), mlp_.layer_scale.at(0), total.at(0));
+    if (wants_(kGradFc2Weight)) scale_by_layer(*fc2_sum_, *fc2_sum_);
+    if (wants_(kGradFc2Bias)) kernels_.scale_rows(type_, c, 1, total.at(0), mlp_.layer_scale.at(0), total.at(0));
   }
 
   const Mlp mlp_;
@@ -332,13 +279,7 @@ class MlpBackward {
   Elements grad_, z_, mean_, rstd_, kept_;
   std::vector<Tensor> results_;
 
-  bool wanted_[kMlpGradients];
-  bool wants_norm_;            // something of LayerNorm's backward
-  bool wants_grad_hidden_;     // dh
-  bool wants_grad_activated_;  // dg
-  bool wants_activated_;       // g, or GRN(g)
-  bool wants_branch_grad_;
-  bool by_weights_;  // the gradient of layer scale comes from G, and `branch` and its sums are without layer scale
+  const MlpWanted wants_;  // by_weights: `branch` and its sums are without layer scale
 
   std::vector<Tensor> narrow_buffers_, hidden_buffers_;
   ColumnSums norm_weight_sums_, norm_bias_sums_, fc1_bias_sums_, branch_sums_, layer_scale_sums_;

@@ -15,13 +15,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_mlp_forward(const T
   const Mlp mlp(kName, z, given);
   const int64_t channels = mlp.channels, hidden_columns = mlp.hidden;
   const bool tanh = is_tanh(kName, approximate), has_grn = static_cast<bool>(mlp.grn_weight);
-  if (residual) {
-    check_activation(kName, "residual", *residual);
-    check_shape(kName, "residual", *residual, shape_of(z));
-    if (accumulation_type(residual->scalar_type()) != mlp.accumulation)
-      fail(kName, "residual", "float64 together with a float64 z only", describe(residual->scalar_type()));
-  }
-  if (!is_supported(out_dtype)) fail(kName, "out_dtype", "float32, float64, float16 or bfloat16", describe(out_dtype));
+  mlp.check_forward(residual, out_dtype);
 
   const ScalarType y_type = accumulation_type(out_dtype) == mlp.accumulation ? out_dtype : mlp.accumulation;
   const bool some_dropped = !mlp.live.dropped_samples().empty();

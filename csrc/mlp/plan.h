@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "common/row_groups.h"
+#include "mlp/chunk_plan.h"
 
 namespace convnext_kernels {
 
@@ -12,7 +12,6 @@ namespace convnext_kernels {
 // gradients of the weights to the total.
 constexpr int64_t kChunkBytes = int64_t{4} << 20;
 constexpr int64_t kMinChunkRows = 1024;
-constexpr int64_t kMaxWorkspaceBytes = int64_t{256} << 20;
 
 // `unit` rows stay together: an image with GRN, else 1. A chunk is never less than a unit. `row_bytes` of workspace and
 // `hidden_bytes` of one hidden tensor are those of one row.

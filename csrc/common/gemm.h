@@ -1,5 +1,5 @@
-// PyTorch's own matrix products. Call them from the operator's thread only: they bring their threads along, and the
-// workers of a parallel loop do not inherit the state that PyTorch's dispatcher looks at.
+// PyTorch's own matrix products, on any device. On the CPU, call them from the operator's thread only: they bring their
+// threads along, and the workers of a parallel loop do not inherit the state that PyTorch's dispatcher looks at.
 #pragma once
 #include "common/tensor.h"
 
