@@ -170,7 +170,8 @@ class Defect:
 
 
 FORWARD = ("mlp/kernels.cuh", "bias_gelu")
-BACKWARD = ("mlp/kernels.cuh", "bias_gelu_backward")
+ROW_WALK = ("mlp/row_walk.cuh", "bias_gelu")
+BLOCK_SUM = ("mlp/row_walk.cuh", "bias_gelu_backward")
 COLUMN_SUM = ("common/column_sum.cuh", "bias_gelu_backward")
 
 
@@ -180,7 +181,7 @@ def planted(where, old, new, shape, message, **rest):
 
 DEFECTS = {
     "forward-one-row-too-many": planted(
-        FORWARD, "return rows_left_ > 0;", "return rows_left_ >= 0;", (2, 8), "out of bounds: x"
+        ROW_WALK, "return rows_left_ > 0;", "return rows_left_ >= 0;", (2, 8), "out of bounds: x"
     ),
     "forward-columns-not-masked": planted(
         FORWARD, "  if (column >= params.columns) return;\n", "", (5, 2056), "out of bounds: bias"
@@ -193,13 +194,13 @@ DEFECTS = {
         "wrong values, first y[0]",
     ),
     "backward-no-barrier": planted(
-        BACKWARD, "  __syncthreads();\n", "", (49, 96), "race: read after write: shared piece 0"
+        BLOCK_SUM, "  __syncthreads();\n", "", (49, 96), "race: read after write: shared piece 0"
     ),
     "backward-row-of-threads-lost": planted(
-        BACKWARD, "r < blockDim.y; ++r", "r + 1 < blockDim.y; ++r", (49, 96), "wrong values, first grad_bias[0]"
+        BLOCK_SUM, "r < blockDim.y; ++r", "r + 1 < blockDim.y; ++r", (49, 96), "wrong values, first grad_bias[0]"
     ),
     "backward-last-step-not-masked": planted(
-        BACKWARD, "rows_left_ > last_of_step_;", "rows_left_ >= last_of_step_;", (256, 8), "out of bounds: "
+        BLOCK_SUM, "rows_left_ > last_of_step_;", "rows_left_ >= last_of_step_;", (256, 8), "out of bounds: "
     ),
     "column-sum-no-barrier": planted(
         COLUMN_SUM, "  __syncthreads();\n", "", (300, 96), "race: read after write: shared piece 0"

@@ -45,8 +45,8 @@ Tensor bias_gelu(const Tensor& x, const OptionalTensor& bias, const std::string&
   const OptionalTensor dense_bias = check_bias(kOp, bias, x, matrix.columns);
   const CudaContext context(x);
   Tensor y = empty(x, shape_of(x), x.scalar_type());
-  const BiasGeluPlan plan = plan_bias_gelu(false, matrix.rows, matrix.columns, x.element_size(), is_vector_aligned(x),
-                                           context.chip().multiprocessors);
+  const RowPassPlan plan = plan_bias_gelu(false, matrix.rows, matrix.columns, x.element_size(), is_vector_aligned(x),
+                                          context.chip().multiprocessors);
   dispatch_element(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
     const BiasGeluParams<T> params{static_cast<const T*>(x.const_data_ptr()), as_parameter(dense_bias),
@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& grad, const Tensor& 
   const CudaContext context(x);
   const ScalarType sum_type = accumulation_type(x.scalar_type());
   Tensor grad_x = empty(x, shape_of(x), x.scalar_type());
-  const BiasGeluPlan plan =
+  const RowPassPlan plan =
       plan_bias_gelu(true, matrix.rows, matrix.columns, x.element_size(),
                      is_vector_aligned(x) && is_vector_aligned(grad), context.chip().multiprocessors);
   if (plan.row_blocks == 0) return {grad_x, zeros(x, {bias ? matrix.columns : 0}, sum_type)};

@@ -5,8 +5,7 @@
 // workspace, and column_sum_kernel adds those up in a fixed order.
 #pragma once
 #include "common/column_sum.cuh"
-#include "mlp/gelu.cuh"
-#include "mlp/launch_plan.h"
+#include "mlp/launch.cuh"
 
 namespace convnext_kernels {
 
@@ -28,35 +27,8 @@ struct BiasGeluBackwardParams {
   int64_t rows, columns;
 };
 
-// The walk of a thread down its column: steps of several rows, blockDim.y apart, the grid over all rows; and single
-// rows where a whole step would reach over the end.
-struct RowWalk {
-  int64_t offset;    // of its first element
-  int64_t row_step;  // elements between its rows of one step
-  int64_t step;      // elements between steps
-
-  __device__ __forceinline__ RowWalk(int64_t rows, int64_t columns, int64_t column, int rows_a_step) {
-    const int64_t row = static_cast<int64_t>(blockIdx.y) * blockDim.y * rows_a_step + threadIdx.y;
-    offset = row * columns + column;
-    row_step = blockDim.y * columns;
-    step = gridDim.y * rows_a_step * row_step;
-    rows_left_ = rows - row;
-    last_of_step_ = static_cast<int>(blockDim.y) * (rows_a_step - 1);
-    rows_of_grid_ = static_cast<int>(gridDim.y * blockDim.y) * rows_a_step;
-  }
-  __device__ __forceinline__ bool is_whole() const { return rows_left_ > last_of_step_; }
-  __device__ __forceinline__ void next() { rows_left_ -= rows_of_grid_; }
-  // After the last whole step: fewer rows than one step has are left.
-  __device__ __forceinline__ bool has_row() const { return rows_left_ > 0; }
-  __device__ __forceinline__ void next_row() { rows_left_ -= blockDim.y; }
-
- private:
-  int64_t rows_left_;  // from its next row to the end
-  int last_of_step_, rows_of_grid_;
-};
-
 template <class T, int kVectorSize, Gelu kGelu>
-__global__ void __launch_bounds__(kBiasGeluThreads, bias_gelu_tuning(false, sizeof(T)).blocks_per_sm)
+__global__ void __launch_bounds__(kRowPassThreads, bias_gelu_tuning(false, sizeof(T)).blocks_per_sm)
     bias_gelu_kernel(const __grid_constant__ BiasGeluParams<T> params) {
   using A = Accumulation<T>;
   constexpr int kRows = bias_gelu_tuning(false, sizeof(T)).thread_rows;
@@ -88,7 +60,7 @@ __global__ void __launch_bounds__(kBiasGeluThreads, bias_gelu_tuning(false, size
 }
 
 template <class T, int kVectorSize, Gelu kGelu>
-__global__ void __launch_bounds__(kBiasGeluThreads, bias_gelu_tuning(true, sizeof(T)).blocks_per_sm)
+__global__ void __launch_bounds__(kRowPassThreads, bias_gelu_tuning(true, sizeof(T)).blocks_per_sm)
     bias_gelu_backward_kernel(const __grid_constant__ BiasGeluBackwardParams<T> params) {
   using A = Accumulation<T>;
   constexpr int kRows = bias_gelu_tuning(true, sizeof(T)).thread_rows;
@@ -132,49 +104,23 @@ __global__ void __launch_bounds__(kBiasGeluThreads, bias_gelu_tuning(true, sizeo
   }
   if (!params.partials) return;
 
-  // The block's rows of threads, added up from first to last.
-  const int width = blockDim.x * kVectorSize;
   SharedMemory shared;
-  A* const sums = shared.take<A>(static_cast<size_t>(width) * blockDim.y);
-#pragma unroll
-  for (int j = 0; j < kVectorSize; ++j) sums[threadIdx.y * width + threadIdx.x * kVectorSize + j] = sum[j];
-  __syncthreads();
-  const int64_t first_column = static_cast<int64_t>(blockIdx.x) * width;
-  for (int c = threadIdx.y * blockDim.x + threadIdx.x; c < width; c += blockDim.x * blockDim.y) {
-    if (first_column + c >= params.columns) break;
-    A total = 0;
-    for (unsigned r = 0; r < blockDim.y; ++r) total += sums[r * width + c];
-    params.partials[blockIdx.y * params.columns + first_column + c] = total;
-  }
+  A* const sums = shared.take<A>(block_sum_elements(blockDim.x, blockDim.y, kVectorSize));
+  const int64_t first_column = static_cast<int64_t>(blockIdx.x) * blockDim.x * kVectorSize;
+  sum_of_block(sum, sums, first_column, params.columns, params.partials + blockIdx.y * params.columns);
 }
 
 // --- launches: from plan and parameters to the one kernel that fits. They do nothing where the plan is empty.
 
-inline LaunchShape bias_gelu_shape(const BiasGeluPlan& plan, size_t shared_bytes, cudaStream_t stream) {
-  return {dim3(static_cast<unsigned>(plan.column_blocks), static_cast<unsigned>(plan.row_blocks)),
-          dim3(static_cast<unsigned>(plan.block_columns), static_cast<unsigned>(plan.block_rows)), shared_bytes,
-          stream};
-}
-
-// Calls function(vector size, kind of GELU), both as compile-time constants.
-template <class T, class Function>
-void dispatch_bias_gelu(const BiasGeluPlan& plan, Gelu kind, Function&& function) {
-  const auto with_size = [&](auto size) {
-    if (kind == Gelu::kErf) {
-      function(size, std::integral_constant<Gelu, Gelu::kErf>{});
-    } else {
-      function(size, std::integral_constant<Gelu, Gelu::kTanh>{});
-    }
-  };
-  constexpr int kWide = std::is_same_v<T, double> ? 1 : kVectorBytes / static_cast<int>(sizeof(T));
-  if (plan.vector_size == kWide) return with_size(std::integral_constant<int, kWide>{});
-  with_size(std::integral_constant<int, 1>{});
+inline LaunchShape bias_gelu_shape(const RowPassPlan& plan, size_t shared_bytes, cudaStream_t stream) {
+  return {dim3(static_cast<unsigned>(plan.column_blocks), static_cast<unsigned>(plan.row_blocks)), block_of(plan),
+          shared_bytes, stream};
 }
 
 template <class T>
-void launch_bias_gelu(const BiasGeluPlan& plan, const BiasGeluParams<T>& params, Gelu kind, cudaStream_t stream) {
+void launch_bias_gelu(const RowPassPlan& plan, const BiasGeluParams<T>& params, Gelu kind, cudaStream_t stream) {
   if (plan.row_blocks == 0) return;
-  dispatch_bias_gelu<T>(plan, kind, [&](auto size, auto gelu) {
+  dispatch_gelu<T>(plan, kind, [&](auto size, auto gelu) {
     launch("bias_gelu", bias_gelu_kernel<T, decltype(size)::value, decltype(gelu)::value>,
            bias_gelu_shape(plan, 0, stream), params);
   });
@@ -182,14 +128,13 @@ void launch_bias_gelu(const BiasGeluPlan& plan, const BiasGeluParams<T>& params,
 
 // params.partials has room for plan.row_blocks rows; `grad_bias` gets their sums. Neither is used where it is null.
 template <class T>
-void launch_bias_gelu_backward(const BiasGeluPlan& plan, const BiasGeluBackwardParams<T>& params,
+void launch_bias_gelu_backward(const RowPassPlan& plan, const BiasGeluBackwardParams<T>& params,
                                Accumulation<T>* grad_bias, Gelu kind, cudaStream_t stream) {
   using A = Accumulation<T>;
   if (plan.row_blocks == 0) return;
-  const size_t sums = static_cast<size_t>(plan.block_columns) * plan.block_rows * plan.vector_size;
-  dispatch_bias_gelu<T>(plan, kind, [&](auto size, auto gelu) {
+  dispatch_gelu<T>(plan, kind, [&](auto size, auto gelu) {
     launch("bias_gelu_backward", bias_gelu_backward_kernel<T, decltype(size)::value, decltype(gelu)::value>,
-           bias_gelu_shape(plan, params.partials ? shared_piece(sums * sizeof(A)) : 0, stream), params);
+           bias_gelu_shape(plan, params.partials ? block_sum_bytes<A>(plan) : 0, stream), params);
   });
   if (params.partials)
     launch_column_sum("bias_gelu_backward", params.partials, grad_bias, plan.row_blocks, params.columns, stream);

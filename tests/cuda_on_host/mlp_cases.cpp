@@ -1,80 +1,14 @@
 // bias_gelu and its backward, against plain loops in double, and the proof of the cheap GELU's error bounds.
-#include "harness.h"
+#include "gelu_in_double.h"
 #include "mlp/kernels.cuh"
+#include "parameter.h"
 
 namespace {
 
 using namespace convnext_kernels;
 using harness::Options;
 using harness::Outcome;
-
-Gelu gelu_kind(const Options& options) {
-  return options.text("gelu") == "tanh" ? Gelu::kTanh : Gelu::kErf;
-}
-
-double gelu_in_double(double x, Gelu kind) {
-  if (kind == Gelu::kErf) return 0.5 * x * std::erfc(-x * M_SQRT1_2);
-  const double u = std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x);
-  return x / (1 + std::exp(-2 * u));
-}
-
-double gelu_derivative_in_double(double x, Gelu kind) {
-  if (kind == Gelu::kErf) return 0.5 * std::erfc(-x * M_SQRT1_2) + x * std::exp(-0.5 * x * x) / std::sqrt(2 * M_PI);
-  const double u = std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x);
-  const double slope = std::sqrt(2 / M_PI) * (1 + 3 * 0.044715 * x * x);
-  const double gate = 1 / (1 + std::exp(-2 * u)), closed = 1 / (1 + std::exp(2 * u));
-  return gate + 2 * x * gate * closed * slope;
-}
-
-// How far a result of type T may be from the exact one before it is rounded to T, where x + bias was computed from
-// terms whose sizes sum to `size`. The fp32 kernel, as PyTorch's, adds erf to 1 and so loses the last digits of small
-// results; the 16-bit kernels do not.
-template <class T>
-double forward_error(double size, double y) {
-  if (std::is_same_v<T, double>) return 5e-16 * size;
-  if (std::is_same_v<T, float>) return 2e-7 * size;
-  return std::ldexp(std::fabs(y), -13) + 6e-8 * size;
-}
-template <class T>
-double derivative_error(double size) {
-  if (std::is_same_v<T, double>) return 1e-15 * (1 + size);
-  if (std::is_same_v<T, float>) return 3e-7 * (1 + size);
-  return 2e-5;
-}
-
-// A parameter of any type, or none.
-class TestParameter {
- public:
-  TestParameter(const std::string& type, size_t count, unsigned seed) {
-    if (type == "none") return;
-    std::mt19937 random(seed);
-    std::normal_distribution<double> normal;
-    values_.resize(count);
-    for (double& value : values_) value = normal(random);
-    harness::with_type(type, [&](auto element) {
-      using T = decltype(element);
-      memory_ = std::make_unique<emu::Buffer<unsigned char>>(count * sizeof(T), "bias");
-      auto* data = reinterpret_cast<T*>(memory_->data());
-      for (size_t i = 0; i < count; ++i) {
-        data[i] = harness::from_double<T>(values_[i]);
-        values_[i] = harness::to_double(data[i]);
-      }
-    });
-    const std::map<std::string, ElementType> types = {{"float", ElementType::kFloat},
-                                                      {"double", ElementType::kDouble},
-                                                      {"half", ElementType::kHalf},
-                                                      {"bfloat16", ElementType::kBFloat16}};
-    parameter_ = {memory_->data(), types.at(type)};
-  }
-  Parameter parameter() const { return parameter_; }
-  bool given() const { return parameter_.data != nullptr; }
-  double operator[](size_t i) const { return given() ? values_[i] : 0.0; }
-
- private:
-  std::unique_ptr<emu::Buffer<unsigned char>> memory_;
-  std::vector<double> values_;
-  Parameter parameter_;
-};
+using harness::TestParameter;
 
 // Options of both: type, gelu, bias, rows, columns; offset: elements by which the tensors miss 16-byte alignment.
 template <class T>
@@ -84,10 +18,10 @@ int bias_gelu_case(const Options& options) {
   const size_t count = static_cast<size_t>(rows * columns);
   emu::Buffer<T> x(count + offset, "x");
   harness::fill_normal(x, 1, 2.0);
-  const TestParameter bias(options.text("bias"), columns, 2);
+  const TestParameter bias(options.text("bias"), columns, 2, "bias");
   return harness::run_schedules([&] {
     emu::Buffer<T> y(count + offset, "y");
-    const BiasGeluPlan plan = plan_bias_gelu(false, rows, columns, sizeof(T), offset == 0, 1);
+    const RowPassPlan plan = plan_bias_gelu(false, rows, columns, sizeof(T), offset == 0, 1);
     launch_bias_gelu<T>(plan, {x.data() + offset, bias.parameter(), y.data() + offset, rows, columns}, kind, nullptr);
     Outcome outcome;
     for (size_t i = 0; i < count; ++i) {
@@ -111,15 +45,16 @@ int bias_gelu_backward_case(const Options& options) {
   emu::Buffer<T> x(count + offset, "x"), grad(count + offset, "grad");
   harness::fill_normal(x, 1, 2.0);
   harness::fill_normal(grad, 3, 1.0);
-  const TestParameter bias(options.text("bias"), columns, 2);
+  const TestParameter bias(options.text("bias"), columns, 2, "bias");
+  const bool has_bias = options.text("bias") != "none";
   return harness::run_schedules([&] {
-    const BiasGeluPlan plan = plan_bias_gelu(true, rows, columns, sizeof(T), offset == 0, 1);
+    const RowPassPlan plan = plan_bias_gelu(true, rows, columns, sizeof(T), offset == 0, 1);
     emu::Buffer<T> grad_x(count + offset, "grad_x");
-    emu::Buffer<A> partials(bias.given() ? plan.row_blocks * columns : 0, "partials");
-    emu::Buffer<A> grad_bias(bias.given() && rows > 0 ? columns : 0, "grad_bias");
+    emu::Buffer<A> partials(has_bias ? plan.row_blocks * columns : 0, "partials");
+    emu::Buffer<A> grad_bias(has_bias && rows > 0 ? columns : 0, "grad_bias");
     launch_bias_gelu_backward<T>(plan,
                                  {grad.data() + offset, x.data() + offset, bias.parameter(), grad_x.data() + offset,
-                                  bias.given() ? partials.data() : nullptr, rows, columns},
+                                  has_bias ? partials.data() : nullptr, rows, columns},
                                  grad_bias.data(), kind, nullptr);
     Outcome outcome;
     std::vector<double> sum(columns), allowed(columns);
@@ -152,14 +87,14 @@ int bias_gelu_plan_case(const Options&) {
     const bool backward = i % 2, aligned = i % 4 < 2;
     const int64_t rows = number(36), columns = i % 3 ? number(13) : 8 * number(18);
     const int multiprocessors = static_cast<int>(number(8));
-    const BiasGeluPlan plan = plan_bias_gelu(backward, rows, columns, sizeof(T), aligned, multiprocessors);
+    const RowPassPlan plan = plan_bias_gelu(backward, rows, columns, sizeof(T), aligned, multiprocessors);
     const int64_t threads = static_cast<int64_t>(plan.block_columns) * plan.block_rows;
     const int64_t covered = static_cast<int64_t>(plan.column_blocks) * plan.block_columns * plan.vector_size;
     const int64_t block_width = static_cast<int64_t>(plan.block_columns) * plan.vector_size;
     const int64_t rows_a_step = plan.block_rows * bias_gelu_tuning(backward, sizeof(T)).thread_rows;
     const bool vectors_fit = plan.vector_size == 1 || (aligned && columns % plan.vector_size == 0 &&
                                                        plan.vector_size * sizeof(T) == kVectorBytes);
-    const bool right = vectors_fit && threads >= 1 && threads <= kBiasGeluThreads && covered >= columns &&
+    const bool right = vectors_fit && threads >= 1 && threads <= kRowPassThreads && covered >= columns &&
                        covered - block_width < columns && plan.row_blocks >= 1 && plan.row_blocks <= 65535 &&
                        (plan.row_blocks - 1) * rows_a_step < rows && block_width * plan.block_rows * 8 <= 48 * 1024;
     if (right) continue;
