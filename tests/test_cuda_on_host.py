@@ -119,6 +119,11 @@ def test_engine_tensor_cores(programs, dtype, variant):
     check(programs.path("engine", variant), "matrix", type=dtype)
 
 
+@pytest.mark.parametrize("variant", ["plain", "asan", "race"])
+def test_engine_matrix_fragments(programs, variant):
+    check(programs.path("engine", variant), "fragments")
+
+
 ENGINE_DEFECTS = [
     # the case, its defect, the variant that must find it, and what it must say
     ("pipeline", "no_wait", "plain", "wrong values"),

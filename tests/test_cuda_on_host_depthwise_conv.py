@@ -50,7 +50,7 @@ def options_of(operator, shape, dtype, number):
     tuned = kernel == 7 and stride == 1 and aligned and dtype != "double" and c * narrowest % 16 == 0
     tuned = tuned and result in (dtype, "float")
     options = {"n": n, "c": c, "h": h, "w": w, "kernel": kernel, "stride": stride, "type": dtype, "aligned": aligned}
-    options |= {"drop": number % 3 - 1, "expect": "tuned" if tuned else "simple"}
+    options |= {"drop": number % 3 - 1, "expect": "fma" if tuned else "simple", "version": "fma"}
     # Pieces of the rows that begin and end anywhere, and shared memory for two to eight warps.
     options |= {"multiprocessors": 1 + number % 3, "shared": [99, 64, 48][number % 3]}
     if operator == "weight_grad":
@@ -59,7 +59,7 @@ def options_of(operator, shape, dtype, number):
     options |= {"extra": number % 2 if operator == "input_grad" and stride == 2 else 0}
     parameter = PARAMETERS[number % 4]
     bias = "none" if operator == "input_grad" or number % 5 == 0 else PARAMETERS[(number + 1) % 4]
-    return "convolution", options | {"weight": parameter, "bias": bias}
+    return "convolution", options | {"weight": parameter, "bias": bias, "nan": -1}
 
 
 @pytest.mark.parametrize("index", range(len(SHAPES)), ids=lambda i: "x".join(map(str, SHAPES[i])))

@@ -1,5 +1,5 @@
 """The depthwise convolution and its gradients on a GPU: values, dropped samples, streams, graphs, no synchronisation,
-determinism, large tensors.
+determinism, large tensors. All of it with both versions of the tuned kernels.
 """
 
 import pytest
@@ -22,6 +22,16 @@ SHAPES = [
     *[(2, 96, 28, 27, 7, 2), (1, 33, 20, 21, 9, 1), (1, 16, 12, 13, 11, 2)],
 ]
 ops = torch.ops.convnext_kernels
+
+
+VERSION = "CONVNEXT_KERNELS_DEPTHWISE_CONV"
+
+
+@pytest.fixture(autouse=True, params=["fma", "tensor"])
+def version(request, monkeypatch):
+    """The version of the 7 x 7 kernels that runs where there are two: for 16-bit types."""
+    monkeypatch.setenv(VERSION, request.param)
+    return request.param
 
 
 def images(n, c, h, w, dtype):
@@ -77,6 +87,25 @@ def test_against_fp64(shape, dtype):
         else:
             assert got.is_contiguous(memory_format=torch.channels_last)
             numerics.assert_close(got, other, exact, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[4:] == (7, 1)], ids=lambda s: "x".join(map(str, s)))
+def test_versions_agree(monkeypatch, version, shape, dtype):
+    tensors = make(shape, dtype)
+    expected = ours(shape, *tensors)
+    monkeypatch.setenv(VERSION, "auto")
+    for name, got, other in zip(NAMES, ours(shape, *tensors), expected):
+        # Sums of some 50 terms of size 1 in fp32 and one rounding; the weights' gradients are longer ones.
+        tolerance = 2 * torch.finfo(got.dtype).eps if name in ("y", "grad_x") else 1e-5
+        torch.testing.assert_close(got, other, rtol=tolerance, atol=max(tolerance, 1e-3), msg=name)
+
+
+def test_unknown_version(monkeypatch):
+    x, weight, bias, *_ = make((1, 8, 7, 7, 7, 1), torch.bfloat16)
+    monkeypatch.setenv(VERSION, "fastest")
+    with pytest.raises(RuntimeError, match=f"argument '{VERSION}': expected auto, fma or tensor, got 'fastest'"):
+        ops.depthwise_conv2d(x, weight, bias, 1, None)
 
 
 @pytest.mark.parametrize("shape", [(3, 40, 14, 14, 7, 1), (2, 5, 9, 8, 3, 2)])

@@ -285,18 +285,57 @@ __device__ __forceinline__ void copy_async_wait() {
 
 // --- tensor cores -------------------------------------------------------------------------------------------------
 
-// Four 8 x 8 matrices of 16-bit elements from shared memory: lane l gives the address of row l % 8 of matrix l / 8, and
-// gets of each matrix the elements 2 * (l % 4) and the next one of row l / 4.
-__device__ __forceinline__ void load_matrices(uint32_t (&fragments)[4], const void* row) {
+// kCount (2 or 4) 8 x 8 matrices of 16-bit elements from shared memory: lane l gives the address of row l % 8 of matrix
+// l / 8, and gets of each matrix the elements 2 * (l % 4) and the next one of row l / 4; where kTransposed, of column
+// l / 4. Of two matrices lanes 16 to 31 give no address.
+template <bool kTransposed = false, int kCount>
+__device__ __forceinline__ void load_matrices(uint32_t (&fragments)[kCount], const void* row) {
+  static_assert(kCount == 2 || kCount == 4, "two or four matrices");
 #if defined(__CUDACC__)
   const unsigned from = static_cast<unsigned>(__cvta_generic_to_shared(row));
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(fragments[0]), "=r"(fragments[1]), "=r"(fragments[2]), "=r"(fragments[3])
-               : "r"(from)
-               : "memory");
+  if constexpr (kCount == 4 && kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(fragments[0]), "=r"(fragments[1]), "=r"(fragments[2]), "=r"(fragments[3])
+                 : "r"(from)
+                 : "memory");
+  } else if constexpr (kCount == 4) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(fragments[0]), "=r"(fragments[1]), "=r"(fragments[2]), "=r"(fragments[3])
+                 : "r"(from)
+                 : "memory");
+  } else if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(fragments[0]), "=r"(fragments[1])
+                 : "r"(from)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(fragments[0]), "=r"(fragments[1])
+                 : "r"(from)
+                 : "memory");
+  }
 #else
-  emu::load_matrices(fragments, row, {__FILE__, __LINE__});
+  emu::load_matrices<kTransposed>(fragments, row, {__FILE__, __LINE__});
 #endif
+}
+
+// An 8 x 8 matrix of 16-bit elements, in registers as load_matrices leaves it, transposed.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t fragment) {
+#if defined(__CUDACC__)
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(fragment));
+  return transposed;
+#else
+  return emu::transpose_matrix(fragment, {__FILE__, __LINE__});
+#endif
+}
+
+// The lower halves of two pairs of 16-bit elements, as a pair, and the upper ones.
+__device__ __forceinline__ uint32_t lower_halves(uint32_t first, uint32_t second) {
+  return __byte_perm(first, second, 0x5410);
+}
+__device__ __forceinline__ uint32_t upper_halves(uint32_t first, uint32_t second) {
+  return __byte_perm(first, second, 0x7632);
 }
 
 // accumulator (16 x 8, fp32) += a (16 x 16) b (16 x 8) for T = bfloat16 or half, in the fragment layout of

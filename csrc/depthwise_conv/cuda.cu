@@ -1,4 +1,6 @@
 // The depthwise convolution's operators on CUDA tensors: checks, workspace, launch.
+#include <cstdlib>
+
 #include "common/cuda_context.h"
 #include "depthwise_conv/launch.cuh"
 #include "depthwise_conv/plan.h"
@@ -55,6 +57,18 @@ void check_sample_scale(const char* op, const OptionalTensor& sample_scale, cons
   check_contiguous(op, "sample_scale", *sample_scale);
 }
 
+// Tests and benchmarks compare the versions of the tuned kernels: the environment's word goes before the plan's choice
+// wherever the version that it asks for takes the shape.
+Version asked_version(const char* op) {
+  constexpr const char* kVariable = "CONVNEXT_KERNELS_DEPTHWISE_CONV";
+  const char* const value = std::getenv(kVariable);
+  const std::string name = value ? value : "";
+  if (name == "fma") return Version::kFma;
+  if (name == "tensor") return Version::kTensor;
+  if (!name.empty() && name != "auto") fail(op, kVariable, "auto, fma or tensor", "'" + name + "'");
+  return Version::kChosen;
+}
+
 // --- launches
 
 template <class T>
@@ -91,7 +105,7 @@ void run_convolution_as(const Convolution& c, const CudaContext& context) {
   params.transposed = c.transposed;
   const bool aligned =
       is_vector_aligned(c.x) && is_vector_aligned(c.y) && (!c.residual || is_vector_aligned(*c.residual));
-  launch_convolution(c.op, params, aligned, context.chip(), context.stream());
+  launch_convolution(c.op, params, aligned, context.chip(), context.stream(), asked_version(c.op));
 }
 
 void run_convolution(const Convolution& c, const CudaContext& context) {

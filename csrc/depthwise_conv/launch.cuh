@@ -3,6 +3,7 @@
 #include "depthwise_conv/kernels_convolution.cuh"
 #include "depthwise_conv/kernels_simple.cuh"
 #include "depthwise_conv/kernels_weight_gradient.cuh"
+#include "depthwise_conv/launch_tensor.h"
 
 namespace convnext_kernels::depthwise_conv {
 
@@ -10,16 +11,52 @@ namespace convnext_kernels::depthwise_conv {
 template <class T, class R>
 constexpr bool kHasTunedKernel = !std::is_same_v<T, double> && (std::is_same_v<T, R> || std::is_same_v<R, float>);
 
+// And which of them have a second version, on the tensor cores.
+template <class T, class R>
+constexpr bool kHasTensorKernel = kHasTunedKernel<T, R> && sizeof(T) == 2;
+
+struct ConvolutionLaunch {
+  bool tuned = false;
+  TensorPlan tensor;  // of a tuned one; exists if it is version 2
+
+  const char* name() const { return !tuned ? "simple" : tensor.exists() ? "tensor" : "fma"; }
+};
+
+// What runs T to R. A version that is asked for but does not take the shape, or needs more shared memory than the chip
+// has, gives way to the next.
+template <class T, class R>
+ConvolutionLaunch plan_convolution(const Images& shape, int kernel_size, int stride, bool residual, bool bias,
+                                   bool aligned, const Chip& chip, Version version) {
+  ConvolutionLaunch plan;
+  const int64_t narrowest = std::min(sizeof(T), sizeof(R));
+  plan.tuned = kHasTunedKernel<T, R> && (residual ? !bias : std::is_same_v<T, R>) &&
+               is_tuned(kernel_size, stride, shape.channels, narrowest, aligned);
+  if (!plan.tuned || !kHasTensorKernel<T, R> || version == Version::kFma) return plan;
+  const TensorPlan tensor =
+      plan_tensor(Kind::kConvolution, shape.samples, shape.channels, shape.height, shape.width, residual ? 4 : 2, chip);
+  if (version == Version::kTensor || prefers_tensor(tensor, shape.height, shape.width, chip)) plan.tensor = tensor;
+  return plan;
+}
+
 // All of `params` is given but the plan. `aligned`: x, residual and y begin at multiples of 16 bytes. Does nothing for
 // no samples.
 template <class T, class R>
 void launch_convolution(const char* op, SimpleConvolutionParams<T, R> params, bool aligned, const Chip& chip,
-                        cudaStream_t stream) {
+                        cudaStream_t stream, Version version = Version::kChosen) {
   const Images& shape = params.shape;
+  const ConvolutionLaunch plan =
+      plan_convolution<T, R>(shape, params.kernel_size, params.stride, params.residual != nullptr,
+                             params.bias.data != nullptr, aligned, chip, version);
+  if constexpr (kHasTensorKernel<T, R>) {
+    if (plan.tensor.exists())
+      return launch_tensor_convolution(
+          op,
+          TensorConvolutionParams<T, R>{params.x, params.weight, params.bias, params.residual, params.sample_scale,
+                                        params.y, shape, params.transposed, plan.tensor},
+          stream);
+  }
   if constexpr (kHasTunedKernel<T, R>) {
-    const int64_t narrowest = std::min(sizeof(T), sizeof(R));
-    const bool exists = params.residual ? !params.bias.data : std::is_same_v<T, R>;
-    if (exists && is_tuned(params.kernel_size, params.stride, shape.channels, narrowest, aligned)) {
+    if (plan.tuned) {
       ConvolutionParams<T, R> tuned{};
       tuned.x = params.x;
       tuned.weight = params.weight;

@@ -210,6 +210,12 @@ inline float __uint_as_float(unsigned bits) {
   std::memcpy(&x, &bits, sizeof(x));
   return x;
 }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = x | static_cast<uint64_t>(y) << 32;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return result;
+}
 using std::max;
 using std::min;
 
@@ -217,22 +223,59 @@ using std::min;
 
 namespace emu {
 
-inline void load_matrices(uint32_t (&fragments)[4], const void* row, Site site) {
-  if (reinterpret_cast<uintptr_t>(row) % 16) fail("ldmatrix: a row is not 16-byte aligned");
-  const uint4 bits = *static_cast<const uint4*>(row);  // an ordinary load, which sanitizers and race hooks see
+// What lane i gets of kCount matrices with these rows: elements 2 * (i % 4) and the next one of row i / 4.
+template <bool kTransposed, int kCount>
+void fragments_of(char* fragments, const char* const (&rows)[kCount * 8], int i) {
+  for (int matrix = 0; matrix < kCount; ++matrix) {
+    const int line = i / 4, pair = i % 4 * 2;
+    for (int j = 0; j < 2; ++j) {
+      const int row = kTransposed ? pair + j : line, column = kTransposed ? line : pair + j;
+      std::memcpy(fragments + matrix * 4 + j * 2, rows[matrix * 8 + row] + column * 2, 2);
+    }
+  }
+}
+
+template <bool kTransposed, int kCount>
+void load_matrices(uint32_t (&fragments)[kCount], const void* row, Site site) {
   LaneSlot& slot = lane_slot();
-  std::memcpy(slot.value, &bits, sizeof(bits));
+  if (lane_id() < kCount * 8) {
+    if (reinterpret_cast<uintptr_t>(row) % 16) fail("ldmatrix: a row is not 16-byte aligned");
+    const uint4 bits = *static_cast<const uint4*>(row);  // an ordinary load, which sanitizers and race hooks see
+    std::memcpy(slot.value, &bits, sizeof(bits));
+  }
   warp_operation(
       0xffffffffu,
       [](LaneSlot* const* lane, unsigned, const void*) {
         for (int i = 0; i < 32; ++i)
           if (!lane[i]) fail("ldmatrix: a lane has exited");
+        const char* rows[kCount * 8];
+        for (int i = 0; i < kCount * 8; ++i) rows[i] = reinterpret_cast<const char*>(lane[i]->value);
         for (int i = 0; i < 32; ++i)
-          for (int matrix = 0; matrix < 4; ++matrix)
-            std::memcpy(lane[i]->result + matrix * 4, lane[matrix * 8 + i / 4]->value + i % 4 * 4, 4);
+          fragments_of<kTransposed, kCount>(reinterpret_cast<char*>(lane[i]->result), rows, i);
       },
       nullptr, site);
   std::memcpy(fragments, slot.result, sizeof(fragments));
+}
+
+inline uint32_t transpose_matrix(uint32_t fragment, Site site) {
+  LaneSlot& slot = lane_slot();
+  std::memcpy(slot.value, &fragment, sizeof(fragment));
+  warp_operation(
+      0xffffffffu,
+      [](LaneSlot* const* lane, unsigned, const void*) {
+        char matrix[8][16];
+        for (int i = 0; i < 32; ++i) {
+          if (!lane[i]) fail("movmatrix: a lane has exited");
+          std::memcpy(matrix[i / 4] + i % 4 * 4, lane[i]->value, 4);
+        }
+        const char* rows[8];
+        for (int i = 0; i < 8; ++i) rows[i] = matrix[i];
+        for (int i = 0; i < 32; ++i) fragments_of<true, 1>(reinterpret_cast<char*>(lane[i]->result), rows, i);
+      },
+      nullptr, site);
+  uint32_t result;
+  std::memcpy(&result, slot.result, sizeof(result));
+  return result;
 }
 
 template <class T>

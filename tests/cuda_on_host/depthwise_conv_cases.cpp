@@ -1,4 +1,5 @@
 // The depthwise convolution and its gradients against plain loops in double, and the plans' promises.
+#include "depthwise_conv/kernels_tensor_convolution.cuh"
 #include "depthwise_conv/launch.cuh"
 #include "harness.h"
 
@@ -42,7 +43,8 @@ class TestParameter {
 };
 
 // What both cases have in common. Options: n, c, h, w, kernel, stride, drop (every third sample, from this one on; -1:
-// none), aligned (0 keeps the tuned kernels away), multiprocessors, shared (KiB a block may have), expect (the kernel).
+// none), aligned (0 keeps the tuned kernels away), multiprocessors, shared (KiB a block may have), version (the one
+// asked for), expect (the kernel that runs: simple, fma or tensor).
 struct Problem {
   explicit Problem(const Options& options)
       : shape{options.number("n"), static_cast<int>(options.number("h")), static_cast<int>(options.number("w")),
@@ -52,7 +54,12 @@ struct Problem {
         drop(options.number("drop")),
         aligned(options.number("aligned") != 0),
         chip{static_cast<int>(options.number("multiprocessors")), options.number("shared") * 1024,
-             options.number("shared") * 1024 + 1024} {}
+             options.number("shared") * 1024 + 1024} {
+    const std::map<std::string, Version> versions = {
+        {"chosen", Version::kChosen}, {"fma", Version::kFma}, {"tensor", Version::kTensor}};
+    version = versions.at(options.text("version"));
+    emu::config().most_shared_bytes = static_cast<size_t>(chip.shared_bytes_per_block);
+  }
 
   size_t elements(int height, int width) const {
     return static_cast<size_t>(shape.samples) * height * width * shape.channels;
@@ -81,14 +88,15 @@ struct Problem {
   int64_t drop;
   bool aligned;
   Chip chip;
+  Version version;
 };
 
-void expect_kernel(const Options& options, bool tuned) {
-  const std::string got = tuned ? "tuned" : "simple";
+void expect_kernel(const Options& options, const std::string& got) {
   if (options.text("expect") != got) throw std::runtime_error("this shape runs on the " + got + " kernel");
 }
 
-// Further options: type, result, weight, bias (types), residual (0, 1), transposed (0, 1), extra (output padding).
+// Further options: type, result, weight, bias (types), residual (0, 1), transposed (0, 1), extra (output padding), nan
+// (an element of the input that is one; -1: none).
 template <class T, class R>
 int convolution_case(const Options& options) {
   using A = Accumulation<T>;
@@ -99,16 +107,23 @@ int convolution_case(const Options& options) {
   const int extra = static_cast<int>(options.number("extra"));
   const auto result_size = [&](int in) { return transposed ? (in - 1) * stride + 1 + extra : (in - 1) / stride + 1; };
   const int height = result_size(shape.height), width = result_size(shape.width);
-  expect_kernel(options, kHasTunedKernel<T, R> &&
-                             is_tuned(size, stride, shape.channels, std::min(sizeof(T), sizeof(R)), problem.aligned));
+  const bool on_tensor_cores =
+      options.text("expect") == std::string("tensor");  // where weights have the type of the elements
+  expect_kernel(options, plan_convolution<T, R>(shape, size, stride, residual, options.text("bias") != "none",
+                                                problem.aligned, problem.chip, problem.version)
+                             .name());
 
   emu::Buffer<T> x(problem.elements(shape.height, shape.width), "x");
   problem.fill(x, 1);
+  if (options.number("nan") >= 0) x[options.number("nan")] = harness::from_double<T>(std::nan(""));
   emu::Buffer<R> added(residual ? problem.elements(height, width) : 0, "residual");
   harness::fill_normal(added, 2, 1.0);
   emu::Buffer<A> scale(problem.drop >= 0 ? shape.samples : 0, "sample_scale");
   problem.fill_scale(scale);
   const TestParameter weight(options.text("weight"), static_cast<size_t>(shape.channels) * taps, 3, 0.2, "weight");
+  const auto used_weight = [&](size_t i) {
+    return on_tensor_cores ? harness::to_double(harness::from_double<T>(weight[i])) : weight[i];
+  };
   const TestParameter bias(options.text("bias"), shape.channels, 4, 0.5, "bias");
 
   std::vector<double> expected(problem.elements(height, width)), allowed(expected.size());
@@ -127,7 +142,7 @@ int convolution_case(const Options& options) {
               source_x /= stride;
             }
             if (source_y < 0 || source_y >= shape.height || source_x < 0 || source_x >= shape.width) continue;
-            const double term = weight[static_cast<size_t>(c) * taps + tap] *
+            const double term = used_weight(static_cast<size_t>(c) * taps + tap) *
                                 harness::to_double(x[problem.at(n, source_y, source_x, c, shape.height, shape.width)]);
             sum += term;
             magnitude += std::fabs(term);
@@ -154,7 +169,7 @@ int convolution_case(const Options& options) {
     params.kernel_size = size;
     params.stride = stride;
     params.transposed = transposed;
-    launch_convolution("depthwise_conv2d", params, problem.aligned, problem.chip, nullptr);
+    launch_convolution("depthwise_conv2d", params, problem.aligned, problem.chip, nullptr, problem.version);
     Outcome outcome;
     for (size_t i = 0; i < expected.size(); ++i)
       outcome.check("y", i, harness::to_double(result[i]), expected[i], allowed[i]);
@@ -172,7 +187,7 @@ int weight_gradient_case(const Options& options) {
   const int height = (shape.height - 1) / stride + 1, width = (shape.width - 1) / stride + 1;
   const WeightGradientLaunch plan =
       plan_weight_gradient(shape, height, size, stride, sizeof(T), problem.aligned, problem.chip);
-  expect_kernel(options, plan.tuned);
+  expect_kernel(options, plan.tuned ? "fma" : "simple");
 
   emu::Buffer<T> x(problem.elements(shape.height, shape.width), "x"), grad(problem.elements(height, width), "grad");
   problem.fill(x, 1);
@@ -282,6 +297,116 @@ void check_tile_plan(int64_t samples, int64_t channels, int height, int width, i
   if (plan.rows < 5000) check_walk<kKind>(plan, samples);
 }
 
+// Walks through the patches of every block, as the kernels do, and counts.
+void check_patches(const TensorPlan& plan, const Images& shape, Kind kind) {
+  const int64_t pixels = shape.samples * shape.height * shape.width;
+  std::vector<uint8_t> written(pixels);
+  const int halo = kPadding;
+  for (int64_t block = 0; block < plan.row_blocks; ++block) {
+    const int64_t first = plan.first_patch(block), end = plan.first_patch(block + 1);
+    require(first < end, "a block without patches");
+    Patch patch(plan, first);
+    for (int64_t i = first; i < end; ++i, patch.advance(plan, shape)) {
+      const Patch same(plan, i);
+      require(same.sample == patch.sample && same.row == patch.row && same.column == patch.column, "patches in order");
+      const PatchWindow window(patch, plan, shape, halo);
+      require(window.bottom - window.top <= plan.copied_rows, "rows of the copies");
+      require(window.right - window.left <= 2 * plan.copied_pairs, "columns of the copies");
+      const PatchWindow inner(patch, plan, shape, 0);
+      require(inner.bottom > inner.top && inner.right > inner.left, "an empty patch");
+      if (kind == Kind::kWeightGradient)
+        require(inner.bottom - inner.top <= plan.grad_rows && inner.right - inner.left <= 2 * plan.grad_pairs,
+                "the gradient's copies");
+      for (int image = 0; image < plan.images && patch.sample + image < shape.samples; ++image)
+        for (int y = inner.top; y < inner.bottom; ++y)
+          for (int x = inner.left; x < inner.right; ++x)
+            ++written.at(((patch.sample + image) * shape.height + y) * shape.width + x);
+    }
+  }
+  for (uint8_t count : written) require(count == 1, "a pixel that is not computed exactly once");
+}
+
+// The most of the eight rows of a matrix that share banks.
+int matrix_conflicts(const TensorPlan& plan, int image_units, int pitch) {
+  int most = 0, used[8] = {};
+  for (int n = 0; n < plan.images * plan.segments; ++n) {
+    const int unit = n / plan.segments * image_units + n % plan.segments * (plan.segment_rows() * pitch + 1);
+    most = std::max(most, ++used[unit % 8]);
+  }
+  return most;
+}
+
+void check_tensor_plan(Kind kind, const Images& shape, int staged_bytes, const Chip& chip) {
+  const TensorPlan plan =
+      plan_tensor(kind, shape.samples, shape.channels, shape.height, shape.width, staged_bytes, chip);
+  if (!plan.exists()) {
+    require(chip.shared_bytes_per_block < 160 * 1024, "no plan for a chip with enough shared memory");
+    return;
+  }
+  require(plan.shared_bytes <= chip.shared_bytes_per_block, "more shared memory than there is");
+  require(plan.row_blocks >= 1 && plan.row_blocks <= 65535 && plan.chunks <= 0x7fffffff, "the grid's limits");
+  require(plan.chunks * kTensorChunk >= shape.channels && (plan.chunks - 1) * kTensorChunk < shape.channels,
+          "channels");
+  require(plan.images >= 1 && plan.segments >= 1 && plan.images * plan.segments <= kSegments, "segments");
+  require(plan.columns <= plan.blocks * kBlockColumns && plan.rows == plan.segments * plan.segment_rows(), "patches");
+  require(int64_t{plan.row_patches} * plan.rows >= shape.height, "rows");
+  require(int64_t{plan.column_patches} * plan.columns >= shape.width, "columns");
+  require(plan.images == 1 || plan.row_patches == 1, "several images of several patches");
+  require(plan.first_patch(0) == 0 && plan.first_patch(plan.row_blocks) == plan.patches, "blocks");
+  // What lies in a plane does not overlap: of rows, images and results, the last must end before the next begins.
+  const int pitch = plan.blocks + 1;
+  require(row_units(plan.rows + kHaloRows - 1, pitch, plan.segment_rows()) + pitch <= plan.image_units, "images");
+  require(plan.images * plan.image_units <= plan.plane_units, "planes");
+  require(matrix_conflicts(plan, plan.image_units, pitch) == 1, "conflicts between banks");
+  if (kind == Kind::kConvolution) {
+    const int result_units = plan.segment_rows() * plan.blocks * staged_bytes / 2 + 1;
+    require(plan.images * plan.segments * result_units <= plan.plane_units, "results");
+  } else {
+    require(row_units(plan.rows - 1, plan.blocks, plan.segment_rows()) + plan.blocks <= plan.grad_image_units,
+            "images of the gradient");
+    require(plan.images * plan.grad_image_units <= plan.grad_plane_units, "planes of the gradient");
+    require(matrix_conflicts(plan, plan.grad_image_units, plan.blocks) == 1, "the gradient's conflicts between banks");
+  }
+  if (shape.samples * shape.height * shape.width < 20000) check_patches(plan, shape, kind);
+}
+
+int tensor_plan_case(const Options&) {
+  const Chip chips[] = {chip_of_architecture(80),  chip_of_architecture(86),  chip_of_architecture(90),
+                        chip_of_architecture(100), chip_of_architecture(120), {1, 163 * 1024, 164 * 1024}};
+  std::mt19937 random(2);
+  const auto one_of = [&](std::initializer_list<int64_t> values) { return values.begin()[random() % values.size()]; };
+  int checked = 0;
+  for (int i = 0; i < 20000; ++i) {
+    const Chip& chip = chips[i % 6];
+    const int64_t samples = one_of({1, 2, 3, 5, 8, 9, 17, 64, 128, 1 << 20, int64_t{1} << 33});
+    const int64_t channels = one_of({8, 16, 24, 96, 104, 768, 2816, 1 << 24});
+    const int height =
+        static_cast<int>(one_of({1, 2, 3, 7, 8, 9, 12, 13, 14, 16, 28, 33, 48, 56, 57, 65, 224, 1 << 24}));
+    const int width =
+        static_cast<int>(one_of({1, 2, 6, 7, 8, 9, 14, 16, 17, 28, 32, 33, 48, 56, 57, 96, 224, 1 << 24}));
+    if (std::log2(samples) + std::log2(channels) + std::log2(height) + std::log2(width) > 40) continue;  // no memory
+    const Images shape{samples, height, width, static_cast<int>(channels)};
+    check_tensor_plan(Kind::kConvolution, shape, 2, chip);
+    check_tensor_plan(Kind::kConvolution, shape, 4, chip);
+    check_tensor_plan(Kind::kWeightGradient, shape, 2, chip);
+    ++checked;
+  }
+  require(checked > 10000, "too few shapes");
+  require(plan_tensor(Kind::kConvolution, 0, 8, 7, 7, 2, chips[0]).row_blocks == 0, "a launch for no samples");
+  // The choice: every stage of a ConvNeXt on chips with HBM, none on the others; and not where most would be in vain.
+  for (const int architecture : {80, 86, 89, 90, 100, 120}) {
+    const Chip chip = chip_of_architecture(architecture);
+    const bool has_hbm = architecture == 80 || architecture == 90 || architecture == 100;
+    for (const int size : {56, 28, 14, 7, 96, 48, 24, 12})
+      for (const int staged_bytes : {2, 4})
+        require(prefers_tensor(plan_tensor(Kind::kConvolution, 128, 96, size, size, staged_bytes, chip), size, size,
+                               chip) == has_hbm,
+                "the version of a stage");
+    require(!prefers_tensor(plan_tensor(Kind::kConvolution, 1, 96, 1, 1, 2, chip), 1, 1, chip), "a single pixel");
+  }
+  return 0;
+}
+
 int plan_case(const Options&) {
   // Multiprocessors, and shared memory of a block and of a multiprocessor, of sm_80, 86, 90 and 120, and very small
   // ones.
@@ -348,5 +473,8 @@ int weight_gradient(const Options& options) {
 
 int main(int argc, char** argv) {
   return harness::main_of(argc, argv,
-                          {{"convolution", convolution}, {"weight_gradient", weight_gradient}, {"plan", plan_case}});
+                          {{"convolution", convolution},
+                           {"weight_gradient", weight_gradient},
+                           {"plan", plan_case},
+                           {"tensor_plan", tensor_plan_case}});
 }

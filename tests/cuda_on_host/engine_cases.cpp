@@ -218,6 +218,58 @@ int matrix_case() {
   });
 }
 
+// --- what a lane gets of matrices: each element is its own position in shared memory
+
+constexpr int kFragments = 4 + 4 + 2 + 2 + 4 + 2;
+
+__global__ void fragments_kernel(uint32_t* fragments) {
+  SharedMemory shared;
+  uint16_t* const matrices = shared.take<uint16_t>(32 * 8);
+  const int lane = static_cast<int>(threadIdx.x);
+  for (int i = lane; i < 32 * 8; i += 32) matrices[i] = static_cast<uint16_t>(i);
+  __syncwarp();
+  uint32_t four[4], transposed_four[4], two[2], transposed_two[2];
+  load_matrices(four, matrices + lane * 8);
+  load_matrices<true>(transposed_four, matrices + lane * 8);
+  const uint16_t* const of_two = lane < 16 ? matrices + lane * 8 : nullptr;
+  load_matrices(two, of_two);
+  load_matrices<true>(transposed_two, of_two);
+  uint32_t* to = fragments + lane * kFragments;
+  for (int i = 0; i < 4; ++i) *to++ = four[i];
+  for (int i = 0; i < 4; ++i) *to++ = transposed_four[i];
+  for (int i = 0; i < 2; ++i) *to++ = two[i];
+  for (int i = 0; i < 2; ++i) *to++ = transposed_two[i];
+  for (int i = 0; i < 4; ++i) *to++ = transpose_matrix(four[i]);
+  *to++ = lower_halves(four[0], four[1]);
+  *to++ = upper_halves(four[0], four[1]);
+}
+
+int fragments_case(const Options&) {
+  return harness::run_schedules([&] {
+    emu::Buffer<uint32_t> fragments(32 * kFragments, "fragments");
+    launch("fragments", fragments_kernel, {dim3(1), dim3(32), convnext_kernels::shared_piece(32 * 8 * 2), nullptr},
+           fragments.data());
+    Outcome outcome;
+    const auto pair = [](int first, int second) { return first | static_cast<uint32_t>(second) << 16; };
+    for (int lane = 0; lane < 32; ++lane) {
+      const auto straight = [&](int i) { return i * 64 + lane / 4 * 8 + lane % 4 * 2; };
+      const auto transposed = [&](int i) { return i * 64 + lane % 4 * 16 + lane / 4; };
+      std::vector<uint32_t> expected;
+      for (int count : {4, 2}) {
+        for (int i = 0; i < count; ++i) expected.push_back(pair(straight(i), straight(i) + 1));
+        for (int i = 0; i < count; ++i) expected.push_back(pair(transposed(i), transposed(i) + 8));
+      }
+      for (int i = 0; i < 4; ++i) expected.push_back(pair(transposed(i), transposed(i) + 8));
+      expected.push_back(pair(straight(0), straight(1)));
+      expected.push_back(pair(straight(0) + 1, straight(1) + 1));
+      for (size_t i = 0; i < expected.size(); ++i)
+        outcome.check("fragments", lane * kFragments + i, fragments[lane * kFragments + i], expected[i], 0);
+    }
+    outcome.keep(fragments);
+    return outcome;
+  });
+}
+
 // --- one case a kernel; its option `defect` chooses among those that kernel knows
 
 template <Defect kFirst, Defect... kRest, class Function>
@@ -251,6 +303,7 @@ int main(int argc, char** argv) {
           return with_defect<kNone, kPlainAdd, kFloatAtomic>(
               options, [](auto defect) { return count_case<decltype(defect)::value>(); });
         }},
+       {"fragments", fragments_case},
        {"matrix", [](const Options& options) {
           return options.text("type") == "half" ? matrix_case<__half>() : matrix_case<__nv_bfloat16>();
         }}});

@@ -1,0 +1,13 @@
+// The tensor-core kernels of the depthwise convolution, compiled beside the others (cuda.cu).
+#include "depthwise_conv/kernels_tensor_convolution.cuh"
+
+namespace convnext_kernels::depthwise_conv {
+
+template void launch_tensor_convolution(const char*, const TensorConvolutionParams<__half, __half>&, cudaStream_t);
+template void launch_tensor_convolution(const char*, const TensorConvolutionParams<__half, float>&, cudaStream_t);
+template void launch_tensor_convolution(const char*, const TensorConvolutionParams<__nv_bfloat16, __nv_bfloat16>&,
+                                        cudaStream_t);
+template void launch_tensor_convolution(const char*, const TensorConvolutionParams<__nv_bfloat16, float>&,
+                                        cudaStream_t);
+
+}  // namespace convnext_kernels::depthwise_conv

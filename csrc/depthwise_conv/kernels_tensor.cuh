@@ -1,0 +1,142 @@
+// What the tensor-core kernels share: patches, copying them, and turning them into planes.
+//
+// A patch comes into shared memory twice. Asynchronous copies bring its pixels as they lie in memory, 16 channels of 32
+// bytes each, while the patch before is worked on. Then they are transposed into planes: one a channel, rows of
+// neighbouring columns, with zeros for what lies outside of the image, as the tensor cores want pairs along a row.
+#pragma once
+#include "depthwise_conv/kernels.cuh"
+#include "depthwise_conv/tensor_launch_plan.h"
+
+namespace convnext_kernels::depthwise_conv {
+
+constexpr int kPixelUnits = kTensorChunk * 2 / kUnitBytes;  // of 16 channels: two halves
+
+template <class T>
+__device__ __forceinline__ uint32_t pack_pair(float first, float second) {
+  const float values[2] = {first, second};
+  const Vector<T, 2> vector = pack<T>(values);
+  uint32_t bits;
+  std::memcpy(&bits, &vector, sizeof(bits));
+  return bits;
+}
+
+struct Patch {
+  int64_t sample;   // of the first image
+  int row, column;  // of the first result
+
+  // The block's first patch, `first` of the plan's.
+  __device__ __forceinline__ Patch(const TensorPlan& plan, int64_t first) {
+    const int64_t of_image = static_cast<int64_t>(plan.row_patches) * plan.column_patches, group = first / of_image;
+    const int rest = static_cast<int>(first - group * of_image), row_patch = divide(rest, plan.column_patches);
+    sample = group * plan.images;
+    row = row_patch * plan.rows;
+    column = (rest - row_patch * plan.column_patches) * plan.columns;
+  }
+  __device__ __forceinline__ void advance(const TensorPlan& plan, const Images& shape) {
+    column += plan.columns;
+    if (column < shape.width) return;
+    column = 0;
+    row += plan.rows;
+    if (row < shape.height) return;
+    row = 0;
+    sample += plan.images;
+  }
+};
+
+// Bit i: image i of the patch exists and is not dropped.
+__device__ __forceinline__ unsigned live_images(const Images& shape, const float* sample_scale, const TensorPlan& plan,
+                                                int64_t sample) {
+  unsigned live = 0;
+  for (int image = 0; image < plan.images; ++image)
+    live |= static_cast<unsigned>(is_live(shape, sample_scale, sample + image)) << image;
+  return live;
+}
+
+// Rows and columns of an image that are copied for a patch: it and `halo` around it, as far as they exist.
+struct PatchWindow {
+  int top, bottom, left, right;
+
+  __device__ __forceinline__ PatchWindow(const Patch& patch, const TensorPlan& plan, const Images& shape, int halo)
+      : top(max(patch.row - halo, 0)),
+        bottom(min(patch.row + plan.rows + halo, shape.height)),
+        left(max(patch.column - halo, 0)),
+        right(min(patch.column + plan.columns + halo, shape.width)) {}
+};
+
+// Where a copied pixel lies: even columns of a row first, then the odd ones, so that threads that read neighbouring
+// pairs of columns read neighbouring memory. `row` counts the rows of all images.
+__device__ __forceinline__ int copied_unit(int row, int column, int pairs) {
+  return ((row * 2 + (column & 1)) * pairs + (column >> 1)) * kPixelUnits;
+}
+
+// Starts copying a patch's window. A group of kLanes threads has a row at a time.
+template <int kLanes, class T>
+__device__ __forceinline__ void copy_window(uint4* to, const T* from, const Images& shape, const PatchWindow& window,
+                                            int64_t sample, unsigned live, int images, int most_rows, int pairs) {
+  constexpr int kHalfChannels = kUnitBytes / static_cast<int>(sizeof(T));
+  const int thread = reread_thread_index(), lane = thread % kLanes;
+  const int rows = window.bottom - window.top, items = (window.right - window.left) * kPixelUnits;
+  const int first_channel = static_cast<int>(blockIdx.x) * kTensorChunk;
+  for (int i = thread / kLanes; i < images * rows; i += static_cast<int>(blockDim.x) / kLanes) {
+    const int image = images == 1 ? 0 : divide(i, rows), row = i - image * rows;
+    if (!(live >> image & 1)) continue;
+    const T* const at =
+        from + (((sample + image) * shape.height + window.top + row) * shape.width + window.left) * shape.channels +
+        first_channel;
+    for (int k = lane; k < items; k += kLanes) {
+      const int column = k / kPixelUnits, half = k % kPixelUnits;
+      if (first_channel + half * kHalfChannels >= shape.channels) continue;
+      copy_async(to + copied_unit(image * most_rows + row, column, pairs) + half,
+                 at + static_cast<int64_t>(column) * shape.channels + half * kHalfChannels, true);
+    }
+  }
+}
+
+// Where a channel's plane begins, in units. The second eight begin 64 bytes further, so that threads that write or read
+// the same row of both meet different banks.
+__device__ __forceinline__ int plane_of(int channel, int plane_units) {
+  return channel * plane_units + channel / 8 * 4;
+}
+
+// From the copied pixels to planes of kBlocks * 8 columns and `rows` rows an image, of which the first is
+// `first_column` and `first_row`. A thread turns two pixels' eight channels into pairs of columns: two reads of 16
+// bytes, eight byte permutations, eight writes of 4 bytes.
+template <int kBlocks, int kSegmentRows>
+__device__ __forceinline__ void transpose_window(uint4* planes, int plane_units, int image_units, const uint4* copied,
+                                                 const PatchWindow& window, int first_row, int rows, int first_column,
+                                                 unsigned live, int images, int most_rows, int pairs, int halves) {
+  constexpr unsigned kRowPairs = kBlocks * kBlockColumns / 2, kRowItems = kRowPairs * kPixelUnits;
+  const unsigned items = static_cast<unsigned>(images * rows) * kRowItems;
+  for (unsigned i = static_cast<unsigned>(reread_thread_index()); i < items; i += blockDim.x) {
+    const int of_all = static_cast<int>(i / kRowItems), pair = static_cast<int>(i % kRowItems / kPixelUnits);
+    const int half = static_cast<int>(i % kPixelUnits);
+    const int image = images == 1 ? 0 : divide(of_all, rows), row = of_all - image * rows;
+    const int y = first_row + row, x = first_column + 2 * pair;
+    const bool exists = (live >> image & 1) && half < halves && y >= window.top && y < window.bottom;
+    const auto pixel = [&](int column) {
+      if (!exists || column < window.left || column >= window.right) return uint4{0, 0, 0, 0};
+      return copied[copied_unit(image * most_rows + y - window.top, column - window.left, pairs) + half];
+    };
+    const uint4 first = pixel(x), second = pixel(x + 1);
+    const int unit = plane_of(half * 8, plane_units) + image * image_units + row_units(row, kBlocks, kSegmentRows);
+    uint32_t* const to = reinterpret_cast<uint32_t*>(planes + unit) + pair;
+    const int channel = plane_units * 4;
+    to[0 * channel] = lower_halves(first.x, second.x);
+    to[1 * channel] = upper_halves(first.x, second.x);
+    to[2 * channel] = lower_halves(first.y, second.y);
+    to[3 * channel] = upper_halves(first.y, second.y);
+    to[4 * channel] = lower_halves(first.z, second.z);
+    to[5 * channel] = upper_halves(first.z, second.z);
+    to[6 * channel] = lower_halves(first.w, second.w);
+    to[7 * channel] = upper_halves(first.w, second.w);
+  }
+}
+
+// Where segment number `segment` of all of a patch begins in a plane, in units; of those that do not exist, the last.
+template <int kPitch, int kSegmentRows>
+__device__ __forceinline__ int segment_units(const TensorPlan& plan, int segment, int image_units) {
+  const int existing = min(segment, plan.images * plan.segments - 1), image = divide(existing, plan.segments);
+  return image * image_units + (existing - image * plan.segments) * (kSegmentRows * kPitch + 1);
+}
+
+}  // namespace convnext_kernels::depthwise_conv
