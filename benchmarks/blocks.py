@@ -23,6 +23,7 @@ from .providers import (
     forward_in,
     generator,
     imported,
+    in_gpu_backends,
     number_of_sets,
     randomise,
 )
@@ -248,6 +249,7 @@ BLOCK_PROVIDERS = [
         lambda case, *rest: case.task == "training" and _sample_stage(case, *rest),
         "recompute=False",
     ),
+    *in_gpu_backends(_our_block),
     Provider(
         "ours-reference",
         "ours",

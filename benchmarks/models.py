@@ -18,7 +18,7 @@ from convnext_kernels.cli.measure import peak_growth, saved_bytes
 
 from .cases import CLASSES, PRECISIONS, ModelCase
 from .comparison import CheckedRunner, Provider, Results, Unavailable
-from .providers import InBackend, compiled, forward_in, generator, imported, randomise
+from .providers import InBackend, compiled, forward_in, generator, imported, in_gpu_backends, randomise
 
 Execute = Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]]
 
@@ -216,6 +216,7 @@ COMPILE = _provider("compile", "other", _compiled_here, "timm's, torch.compile",
 
 MODEL_PROVIDERS = [
     OURS,
+    *in_gpu_backends(OURS.build, lambda case, device_type, full: full),
     Provider(
         "ours-reference",
         "ours",

@@ -79,6 +79,7 @@ class InBackend(CheckedRunner):
     def __init__(self, runner: CheckedRunner, backend: str) -> None:
         self._runner, self._backend = runner, backend
         self.images, self.exact, self.eager = runner.images, runner.exact, runner.eager
+        self.capturable = runner.capturable
 
     def run(self, call: int) -> None:
         with ck.use_backend(self._backend):
@@ -91,6 +92,23 @@ class InBackend(CheckedRunner):
     def memory(self) -> dict[str, Any]:
         with ck.use_backend(self._backend):
             return self._runner.memory()
+
+
+def in_gpu_backends(
+    build: Callable[[Case, torch.device], CheckedRunner], covers: Callable[[Case, str, bool], bool] = lambda *_: True
+) -> list[Provider]:
+    """Ours with each backend that a GPU has: `auto` takes one of them, operator by operator."""
+
+    def forced(backend: str) -> Provider:
+        return Provider(
+            f"ours-{backend}",
+            "ours",
+            lambda case, device: InBackend(build(case, device), backend),
+            lambda case, device_type, full: device_type == "cuda" and covers(case, device_type, full),
+            f"backend='{backend}'",
+        )
+
+    return [forced("cuda"), forced("triton")]
 
 
 # --- operators
@@ -233,6 +251,7 @@ def compiled_here(case: Case, device_type: str, full: bool) -> bool:
 
 OPERATOR_PROVIDERS = [
     Provider("ours", "ours", _our_operator),
+    *in_gpu_backends(_our_operator),
     Provider("eager", "eager", _reference_operator, note="channels-last"),
     Provider("eager-nchw", "eager", _nchw_operator, lambda case, *_: case.operator == "depthwise_conv2d"),
     Provider(
