@@ -1,0 +1,48 @@
+"""Triton kernels: one function an operator, with the signature and the results of the raw operator it implements.
+
+They run on CUDA tensors of fp32, fp16 and bf16 (and on CPU tensors in Triton's interpreter, where TRITON_INTERPRET=1
+was set before this package was imported). `why_not` says beforehand what they cannot take.
+
+This module imports Triton: `convnext_kernels.backends` imports it when it is first needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from .launch import why_not_tensor
+
+__all__ = ["OPERATORS", "implementation", "why_not"]
+
+#: The module that implements an operator of csrc/operators.cpp, as a function of the operator's name. A module may
+#: have a function `why_not(operator, *arguments)` of its own for what `why_not_tensor` does not see.
+OPERATORS: dict[str, str] = {}
+
+
+@functools.cache
+def _module(operator: str) -> Any:
+    return importlib.import_module("." + OPERATORS[operator], __name__)
+
+
+@functools.cache
+def implementation(operator: str) -> Callable[..., Any]:
+    """The function that runs an operator of OPERATORS."""
+    return getattr(_module(operator), operator)
+
+
+def why_not(operator: str, *arguments: Any) -> str | None:
+    """Why the Triton kernels cannot run a raw operator on these arguments; None where they can."""
+    if operator not in OPERATORS:
+        return f"there is no Triton kernel for {operator}"
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            reason = why_not_tensor(argument)
+            if reason is not None:
+                return reason
+    own = getattr(_module(operator), "why_not", None)
+    return None if own is None else own(operator, *arguments)

@@ -1,0 +1,137 @@
+"""Functions that the Triton kernels share: GELU and its derivative, LayerNorm of a row held in pieces, row addresses.
+
+GELU follows csrc/mlp/gelu.cuh to the coefficient: its header has the bounds, proved over every 16-bit input. `CHEAP` is
+true for 16-bit tensors; fp32 gets the exact `erf`. `TANH` is the tanh form, cheap and accurate enough for fp32 at once.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = [
+    "gelu",
+    "gelu_and_derivative",
+    "gelu_derivative",
+    "load_columns",
+    "row_position",
+    "row_statistics",
+]
+
+# --- GELU
+
+
+@triton.jit
+def _normal_distribution_cheap(x):
+    """Phi(x) = 2^q(|x|) mirrored: 13 instructions. Beyond 13.2 it is 0 or 1."""
+    a = tl.minimum(tl.abs(x), 13.2)
+    q = 4.58650893e-08 * a - 2.63719136e-06
+    q = q * a + 6.50966681e-05
+    q = q * a - 9.17161144e-04
+    q = q * a + 8.34889035e-03
+    q = q * a - 5.34589807e-02
+    q = q * a - 4.59119873e-01
+    q = q * a - 1.15093677e00
+    q = q * a - 1.00002309e00
+    tail = tl.exp2(q)
+    return tl.where(x > 0.0, 1.0 - tail, tail)
+
+
+@triton.jit
+def _normal_density_cheap(x):
+    """exp(-x^2 / 2) / sqrt(2 pi)."""
+    return tl.exp2(x * x * -0.72134752 - 1.32574806)
+
+
+@triton.jit
+def _tanh_gelu_exponential(x):
+    """exp(-2u), u = sqrt(2 / pi) (x + 0.044715 x^3): the gate 0.5 (1 + tanh(u)) is 1 / (1 + exp(-2u))."""
+    return tl.exp2(x * (x * x * -0.10294324 - 2.30220819))
+
+
+@triton.jit
+def _tanh_gelu_derivative(x, exponential, gate):
+    # 1 - gate without cancellation; where the exponential is infinite the gate is 0, and 0 this too.
+    closed = tl.minimum(exponential, 1e30) * gate
+    # In this order: at large |x| the first product is 0 before the second could overflow.
+    return (x * gate * closed) * (x * x * 0.21406613 + 1.59576912) + gate
+
+
+@triton.jit
+def gelu(x, TANH: tl.constexpr, CHEAP: tl.constexpr):
+    """GELU of an fp32 tensor."""
+    if TANH:
+        y = x * (1.0 / (1.0 + _tanh_gelu_exponential(x)))
+    elif CHEAP:
+        y = x * _normal_distribution_cheap(x)
+    else:
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.70710678))
+    return y
+
+
+@triton.jit
+def gelu_and_derivative(x, TANH: tl.constexpr, CHEAP: tl.constexpr):
+    """GELU of an fp32 tensor, and its derivative."""
+    if TANH:
+        exponential = _tanh_gelu_exponential(x)
+        gate = 1.0 / (1.0 + exponential)
+        slope = _tanh_gelu_derivative(x, exponential, gate)
+    elif CHEAP:
+        gate = _normal_distribution_cheap(x)
+        slope = x * _normal_density_cheap(x) + gate
+    else:
+        gate = 0.5 * (1.0 + tl.erf(x * 0.70710678))
+        slope = x * 0.39894228 * tl.exp(-0.5 * x * x) + gate
+    return x * gate, slope
+
+
+@triton.jit
+def gelu_derivative(x, TANH: tl.constexpr, CHEAP: tl.constexpr):
+    """The derivative of GELU at an fp32 tensor."""
+    _, slope = gelu_and_derivative(x, TANH, CHEAP)
+    return slope
+
+
+# --- rows of C columns, held in two pieces of a power of two of columns each, 0 to C0 and C0 to C0 + C1 (C1 may be 0);
+#     launch.column_pieces chooses them. 96 = 64 + 32 costs a matrix product nothing, where 128 would cost a third.
+
+
+@triton.jit
+def load_columns(vector, first, COUNT: tl.constexpr, C: tl.constexpr):
+    """fp32 `vector[first : first + COUNT]` as (1, COUNT), zeros from column C on."""
+    columns = first + tl.arange(0, COUNT)
+    return tl.load(vector + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def row_statistics(x0, x1, eps, C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr):
+    """Mean and 1 / sqrt(variance + eps), each (rows, 1), of fp32 rows x0 (rows, C0), x1 (rows, C1); two passes.
+
+    Columns from C on hold zeros. x1 is not read where C1 is 0.
+    """
+    total = tl.sum(x0, 1)
+    if C1 > 0:
+        total += tl.sum(x1, 1)
+    mean = (total * (1.0 / C))[:, None]
+    centred = tl.where(tl.arange(0, C0)[None, :] < C, x0 - mean, 0.0)
+    squares = tl.sum(centred * centred, 1)
+    if C1 > 0:
+        centred = tl.where(C0 + tl.arange(0, C1)[None, :] < C, x1 - mean, 0.0)
+        squares += tl.sum(centred * centred, 1)
+    # A correctly rounded root and quotient: an approximate one would be the larger part of fp32's error.
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(squares * (1.0 / C) + eps))[:, None]
+    return mean, rstd
+
+
+# --- which rows a tile has. `order` (launch.sample_order) lists the live samples, then the dropped ones, so that the
+#     tiles with something to compute come first; without it (None) rows are where they are.
+
+
+@triton.jit
+def row_position(row, order, rows_per_sample):
+    """The sample and the row of the tensor (int64) of row `row` in `order`; row must be in range."""
+    sample = row // rows_per_sample
+    position = row.to(tl.int64)
+    if order is not None:
+        listed = tl.load(order + sample)
+        position += (listed - sample).to(tl.int64) * rows_per_sample
+        sample = listed
+    return sample, position

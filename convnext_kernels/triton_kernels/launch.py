@@ -1,0 +1,234 @@
+"""From tensors to a Triton launch: what a machine can run, its limits, and the one door every launch goes through.
+
+`run` is that door, so that tests and `benchmarks/resources.py` can record what an operator would launch on any chip (on
+meta tensors, without a GPU) and compile exactly that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = [
+    "DTYPES",
+    "INTERPRETED",
+    "Chip",
+    "Launch",
+    "check_tensors",
+    "chip_of",
+    "column_pieces",
+    "device_guard",
+    "recorded",
+    "run",
+    "sample_order",
+    "why_not_tensor",
+]
+
+#: What the kernels take; fp64 runs elsewhere.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+#: Triton reads TRITON_INTERPRET when it decorates a kernel: with this package's import it is settled.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+
+# --- chips
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What of a GPU the choice of a configuration depends on."""
+
+    key: str  # of the configuration table: 'sm_90'
+    capability: int  # 90
+    multiprocessors: int
+    shared_bytes: int  # a block may have, with opt-in
+
+    @property
+    def tma(self) -> bool:
+        """Tensor descriptors become TMA copies; elsewhere the compiler would make slow loads of them."""
+        return self.capability >= 90
+
+
+# The architectures' limits (CUDA C++ Programming Guide, technical specifications); multiprocessors of a large part.
+_ARCHITECTURES = {
+    80: (108, 163),
+    86: (84, 99),
+    87: (16, 163),
+    89: (142, 99),
+    90: (132, 227),
+    100: (148, 227),
+    103: (148, 227),
+    110: (20, 227),
+    120: (188, 99),
+    121: (48, 99),
+}
+
+
+@functools.cache
+def chip_of_architecture(capability: int) -> Chip:
+    """A chip of a compute capability (90 for sm_90) without having one; an unknown one gets the least limits."""
+    multiprocessors, kib = _ARCHITECTURES.get(capability, (64, 99))
+    return Chip(f"sm_{capability}", capability, multiprocessors, kib * 1024)
+
+
+@functools.cache
+def _chip_of_device(index: int) -> Chip:
+    properties = torch.cuda.get_device_properties(index)
+    capability = properties.major * 10 + properties.minor
+    shared_bytes = getattr(properties, "shared_memory_per_block_optin", chip_of_architecture(capability).shared_bytes)
+    return Chip(f"sm_{capability}", capability, properties.multi_processor_count, shared_bytes)
+
+
+def chip_of(tensor: Tensor) -> Chip:
+    """The chip that holds a tensor; in the interpreter an imagined Hopper of 3 multiprocessors."""
+    if _recorder is not None:
+        return _recorder.chip
+    if tensor.is_cuda:
+        return _chip_of_device(tensor.device.index)
+    return dataclasses.replace(chip_of_architecture(90), multiprocessors=3)
+
+
+# --- checks
+
+
+def why_not_tensor(tensor: Tensor) -> str | None:
+    """Why no Triton kernel can take this tensor; None where one can."""
+    if tensor.dtype not in DTYPES:
+        return f"Triton kernels take float32, float16 and bfloat16, not {tensor.dtype}"
+    if tensor.is_cuda:
+        return "TRITON_INTERPRET=1 is set and the tensors are on a GPU" if INTERPRETED else None
+    if tensor.device.type == "meta" and _recorder is not None:
+        return None
+    if tensor.device.type == "cpu" and INTERPRETED:
+        return None
+    return (
+        f"Triton kernels need a CUDA tensor, not one on '{tensor.device.type}' (TRITON_INTERPRET=1 takes CPU tensors)"
+    )
+
+
+def fail(operator: str, argument: str, expected: str, got: Any) -> NoReturn:
+    """Raises as the compiled kernels do."""
+    raise RuntimeError(f"{operator}: argument '{argument}': expected {expected}, got {got}")
+
+
+def check_tensors(operator: str, first: str, **tensors: Tensor | None) -> None:
+    """Raises unless every tensor is dense, of a dtype the kernels take, and where the one named `first` is.
+
+    Raises:
+        RuntimeError: names the operator, the argument, what was expected and what came.
+    """
+    device = tensors[first].device
+    for argument, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in DTYPES:
+            fail(operator, argument, "dtype float32, float16 or bfloat16", tensor.dtype)
+        if tensor.device != device:
+            fail(operator, argument, f"a tensor on {device} as '{first}' is", f"one on {tensor.device}")
+        if not tensor.is_contiguous():
+            fail(operator, argument, "a contiguous tensor", f"strides {tuple(tensor.stride())}")
+    reason = why_not_tensor(tensors[first])
+    if reason is not None:
+        fail(operator, first, "a CUDA tensor", f"one on '{device.type}' ({reason})")
+
+
+# --- launches
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A launch as it was asked for."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]  # constexpr parameters by name, and num_warps, num_stages
+
+
+class _Recorder:
+    def __init__(self, chip: Chip) -> None:
+        self.chip = chip
+        self.launches: list[Launch] = []
+
+
+_recorder: _Recorder | None = None
+
+
+@contextlib.contextmanager
+def recorded(chip: Chip) -> Iterator[list[Launch]]:
+    """Inside it, operators take meta tensors and their launches for `chip` are listed instead of run."""
+    global _recorder
+    previous, _recorder = _recorder, _Recorder(chip)
+    try:
+        yield _recorder.launches
+    finally:
+        _recorder = previous
+
+
+def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Launches `kernel` on the current stream: positional arguments, constexpr parameters and options by name.
+
+    An empty grid launches nothing. The caller holds `device_guard`.
+    """
+    if _recorder is not None:
+        _recorder.launches.append(Launch(kernel, grid, arguments, constants))
+    elif 0 not in grid:
+        kernel[grid](*arguments, **constants)
+
+
+def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device: makes the tensor's device that."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+# --- rows
+
+
+@functools.cache
+def column_pieces(columns: int) -> tuple[int, int]:
+    """Two powers of two, at least 16, that together hold `columns`; the second is 0 where one does.
+
+    96 is 64 + 32, 192 is 128 + 64, 384 is 256 + 128: no matrix product is padded. Others are masked: 40 is 32 + 16.
+    """
+    first = max(16, 1 << (columns.bit_length() - 1))
+    rest = columns - first
+    return first, 0 if rest <= 0 else max(16, triton.next_power_of_2(rest))
+
+
+@triton.jit(do_not_specialize=["samples"])
+def _sample_order_kernel(sample_scale, order, live_count, samples, BLOCK: tl.constexpr):
+    live = 0
+    for first in range(0, samples, BLOCK):
+        sample = first + tl.arange(0, BLOCK)
+        scale = tl.load(sample_scale + sample, mask=sample < samples, other=0.0)
+        live += tl.sum((scale != 0).to(tl.int32), 0)
+    tl.store(live_count, live)
+    live_before = 0
+    for first in range(0, samples, BLOCK):
+        sample = first + tl.arange(0, BLOCK)
+        inside = sample < samples
+        is_live = (tl.load(sample_scale + sample, mask=inside, other=0.0) != 0).to(tl.int32)
+        rank = live_before + tl.cumsum(is_live, 0) - is_live  # live samples before this one
+        tl.store(order + tl.where(is_live != 0, rank, live + sample - rank), sample, mask=inside)
+        live_before += tl.sum(is_live, 0)
+
+
+def sample_order(sample_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The samples (N,) int32 in the order live ones, then dropped ones, each ascending; and how many live (1,) int32.
+
+    Made on the device: nothing waits for it, and a captured graph makes it anew. Call it inside `device_guard`.
+    """
+    order = torch.empty(sample_scale.shape, dtype=torch.int32, device=sample_scale.device)
+    live_count = torch.empty((1,), dtype=torch.int32, device=sample_scale.device)
+    run(_sample_order_kernel, (1,), sample_scale, order, live_count, sample_scale.numel(), BLOCK=1024, num_warps=4)
+    return order, live_count
