@@ -21,7 +21,9 @@ __all__ = ["OPERATORS", "implementation", "why_not"]
 
 #: The module that implements an operator of csrc/operators.cpp, as a function of the operator's name. A module may
 #: have a function `why_not(operator, *arguments)` of its own for what `why_not_tensor` does not see.
-OPERATORS: dict[str, str] = {}
+OPERATORS: dict[str, str] = {
+    "layer_norm_mlp": "mlp_forward",
+}
 
 
 @functools.cache

@@ -14,6 +14,7 @@ __all__ = [
     "load_columns",
     "row_position",
     "row_statistics",
+    "tile_rows",
 ]
 
 # --- GELU
@@ -135,3 +136,21 @@ def row_position(row, order, rows_per_sample):
         position += (listed - sample).to(tl.int64) * rows_per_sample
         sample = listed
     return sample, position
+
+
+@triton.jit
+def tile_rows(tile, rows, rows_per_sample, BLOCK_M: tl.constexpr, PER_SAMPLE: tl.constexpr):
+    """The rows (BLOCK_M) of a tile in `order`, clipped to the last, and which of them the tile really has.
+
+    PER_SAMPLE: every sample begins a new tile, so that no tile has rows of two. launch.row_tiles counts the tiles.
+    """
+    if PER_SAMPLE:
+        tiles = tl.cdiv(rows_per_sample, BLOCK_M)
+        local = (tile % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = local < rows_per_sample
+        row = (tile // tiles) * rows_per_sample + tl.minimum(local, rows_per_sample - 1)
+    else:
+        row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = row < rows
+        row = tl.minimum(row, rows - 1)
+    return row, inside

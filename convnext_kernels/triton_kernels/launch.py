@@ -27,6 +27,7 @@ __all__ = [
     "column_pieces",
     "device_guard",
     "recorded",
+    "row_tiles",
     "run",
     "sample_order",
     "why_not_tensor",
@@ -203,6 +204,13 @@ def column_pieces(columns: int) -> tuple[int, int]:
     first = max(16, 1 << (columns.bit_length() - 1))
     rest = columns - first
     return first, 0 if rest <= 0 else max(16, triton.next_power_of_2(rest))
+
+
+def row_tiles(rows: int, rows_per_sample: int, block_m: int, per_sample: bool) -> int:
+    """How many tiles device.tile_rows makes of `rows` rows."""
+    if per_sample:
+        return rows // rows_per_sample * triton.cdiv(rows_per_sample, block_m)
+    return triton.cdiv(rows, block_m)
 
 
 @triton.jit(do_not_specialize=["samples"])

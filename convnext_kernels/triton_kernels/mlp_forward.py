@@ -1,0 +1,404 @@
+"""layer_norm_mlp by Triton kernels: residual + sample_scale * layer_scale * MLP(LayerNorm(z)), csrc/operators.cpp.
+
+Two forms, and the configuration says which runs: `mlp_fused` (16-bit, C up to 384: nothing of size 4 C is written) and
+`mlp_two_kernels` (any C). Statistics and accumulation are fp32. Parameters may be of another dtype than z: the weights
+of the products are cast once a call, vectors where they are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import config, grn, launch
+from .mlp_fused import fused_kernel, squares_kernel
+from .mlp_two_kernels import fc1_kernel, fc2_kernel, norm_kernel
+
+__all__ = ["FUSED_CHANNELS", "layer_norm_mlp", "why_not"]
+
+#: The widest row that the fused form holds in registers.
+FUSED_CHANNELS = 384
+
+#: The two-kernel form takes rows (with GRN: images) in chunks whose a and g are within this many bytes.
+WORKSPACE_BYTES = 256 << 20
+
+#: In GRN, tiles begin anew at every image where that adds at most this share of rows: then an image's factors are one
+#: vector a tile, else a matrix.
+PER_SAMPLE_WASTE = 1 / 7
+
+
+# --- configurations
+
+
+def _default_form(problem: config.Problem) -> config.Config:
+    # fp32 products run without tensor cores and hold their operands in registers: a fused tile would not fit.
+    return config.Config({"FUSED": int(problem.dtype.itemsize == 2 and problem.channels <= FUSED_CHANNELS)})
+
+
+def _default_fused(problem: config.Problem) -> config.Config:
+    return config.Config({"BLOCK_M": 64, "BLOCK_K": 32}, num_warps=4 if problem.channels <= 128 else 8, num_stages=2)
+
+
+def _default_product(problem: config.Problem) -> config.Config:
+    if problem.dtype.itemsize == 4:
+        blocks = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}
+        return config.Config({**blocks, "GROUP": 8, "PROGRAMS": 2, "TMA": 0}, num_warps=8, num_stages=2)
+    blocks = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}
+    return config.Config(
+        {**blocks, "GROUP": 8, "PROGRAMS": 2, "TMA": int(problem.chip >= 90)}, num_warps=8, num_stages=3
+    )
+
+
+config.declare("mlp_form", default=_default_form)
+config.declare("mlp_fused", default=_default_fused)
+config.declare("mlp_squares", default=_default_fused)
+config.declare("mlp_fc1", default=_default_product)
+config.declare("mlp_fc2", default=_default_product)
+
+
+# --- what it takes
+
+
+def why_not(operator: str, *arguments: Any) -> str | None:
+    """Why these arguments cannot be taken, dtype and device apart; None where they can."""
+    channels, hidden = arguments[0].shape[-1], arguments[4].shape[0]
+    if channels % 8 or hidden % 8:
+        return f"{operator} in Triton takes channels in multiples of 8, not C = {channels} with K = {hidden}"
+    return None
+
+
+def _check(
+    z: Tensor, approximate: str, out_dtype: torch.dtype, shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]]
+) -> None:
+    operator = "layer_norm_mlp"
+    launch.check_tensors(operator, "z", z=z, **{name: tensor for name, (tensor, _) in shapes.items()})
+    for name, (tensor, shape) in shapes.items():
+        if tensor is not None and tensor.shape != shape:
+            launch.fail(operator, name, f"shape {tuple(shape)}", f"shape {tuple(tensor.shape)}")
+    if approximate not in ("none", "tanh"):
+        launch.fail(operator, "approximate", "'none' or 'tanh'", repr(approximate))
+    if out_dtype not in launch.DTYPES:
+        launch.fail(operator, "out_dtype", "float32, float16 or bfloat16", out_dtype)
+
+
+# --- the operator
+
+
+def layer_norm_mlp(
+    z: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    grn_weight: Tensor | None,
+    grn_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    sample_scale: Tensor | None,
+    eps: float,
+    approximate: str,
+    out_dtype: torch.dtype,
+    keep_hidden: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The raw operator: y, mean, rstd and the hidden tensor, which is empty unless `keep_hidden`.
+
+    z (N, ..., C) fp32, fp16 or bf16 with C and K multiples of 8; `sample_scale` fp32.
+
+    Raises:
+        RuntimeError: an argument that the kernels cannot take, by name.
+    """
+    channels, hidden_columns = z.shape[-1], fc1_weight.shape[0]
+    vector, hidden_vector = (channels,), (hidden_columns,)
+    _check(
+        z,
+        approximate,
+        out_dtype,
+        {
+            "residual": (residual, z.shape),
+            "norm_weight": (norm_weight, vector),
+            "norm_bias": (norm_bias, vector),
+            "fc1_weight": (fc1_weight, (hidden_columns, channels)),
+            "fc1_bias": (fc1_bias, hidden_vector),
+            "grn_weight": (grn_weight, hidden_vector),
+            "grn_bias": (grn_bias, hidden_vector),
+            "fc2_weight": (fc2_weight, (channels, hidden_columns)),
+            "fc2_bias": (fc2_bias, vector),
+            "layer_scale": (layer_scale, vector),
+            "sample_scale": (sample_scale, z.shape[:1]),
+        },
+    )
+    reason = why_not("layer_norm_mlp", z, residual, norm_weight, norm_bias, fc1_weight)
+    if reason is not None:
+        raise RuntimeError(reason)
+    if (grn_weight is None) != (grn_bias is None):
+        launch.fail("layer_norm_mlp", "grn_weight", "both of grn_weight and grn_bias, or neither", "one")
+
+    y = torch.empty(z.shape, dtype=out_dtype, device=z.device)
+    mean = torch.empty(z.shape[:-1], dtype=torch.float32, device=z.device)
+    rstd = torch.empty_like(mean)
+    hidden = z.new_empty((*z.shape[:-1], hidden_columns) if keep_hidden else (0,))
+    if mean.numel():
+        with launch.device_guard(z):
+            call = _Call(
+                z=z,
+                residual=residual,
+                norm=(norm_weight, norm_bias),
+                fc1=(fc1_weight.to(z.dtype), fc1_bias),
+                grn=(grn_weight, grn_bias),
+                fc2=(fc2_weight.to(z.dtype), fc2_bias),
+                layer_scale=layer_scale,
+                sample_scale=sample_scale,
+                order=(None, None) if sample_scale is None else launch.sample_order(sample_scale),
+                eps=eps,
+                math={
+                    "C": channels,
+                    "K": hidden_columns,
+                    "PRECISION": "ieee",
+                },
+                gelu={"TANH": approximate == "tanh", "CHEAP": z.dtype != torch.float32},
+                y=y,
+                mean=mean,
+                rstd=rstd,
+                hidden=hidden if keep_hidden else None,
+            )
+            if call.choose("mlp_form")["FUSED"]:
+                _run_fused(call)
+            else:
+                _run_two_kernels(call)
+    return y, mean, rstd, hidden
+
+
+@dataclasses.dataclass(slots=True)
+class _Call:
+    """The operator's arguments and results; weights in z's dtype."""
+
+    z: Tensor
+    residual: Tensor | None
+    norm: tuple[Tensor | None, Tensor | None]
+    fc1: tuple[Tensor, Tensor | None]
+    grn: tuple[Tensor | None, Tensor | None]
+    fc2: tuple[Tensor, Tensor | None]
+    layer_scale: Tensor | None
+    sample_scale: Tensor | None
+    order: tuple[Tensor | None, Tensor | None]  # and the number of live samples
+    eps: float
+    math: dict[str, Any]  # constants of every product
+    gelu: dict[str, bool]
+    y: Tensor
+    mean: Tensor
+    rstd: Tensor
+    hidden: Tensor | None
+
+    @property
+    def rows(self) -> int:
+        return self.mean.numel()
+
+    @property
+    def rows_per_sample(self) -> int:
+        return self.mean.numel() // self.mean.shape[0]
+
+    def choose(self, kernel: str) -> config.Config:
+        z, hidden = self.z, self.math["K"]
+        return config.choose(
+            kernel, channels=z.shape[-1], hidden=hidden, dtype=z.dtype, rows=self.rows, device=z.device
+        )
+
+    def tiles_per_sample(self, block_m: int) -> bool:
+        """Whether tiles begin anew at every image: GRN alone asks, and large images say yes."""
+        if self.grn[0] is None:
+            return False
+        padded = triton.cdiv(self.rows_per_sample, block_m) * block_m
+        return padded <= (1 + PER_SAMPLE_WASTE) * self.rows_per_sample
+
+
+def _factors_of(
+    call: _Call, images: int, live_count: Tensor | None, block_m: int, tiles: int
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    """GRN: a buffer for the partial sums of `tiles` row tiles, and what makes the factors (images, K) of it."""
+    per_sample, per_image = call.tiles_per_sample(block_m), call.rows_per_sample
+    shape = grn.partials_shape(tiles, call.math["K"], block_m, per_image, per_sample)
+    partials = torch.empty(shape, dtype=torch.float32, device=call.z.device)
+
+    def finish() -> Tensor:
+        factors = torch.empty((images, call.math["K"]), dtype=torch.float32, device=call.z.device)
+        grn.launch_factors(partials, call.grn[0], live_count, factors, per_image, block_m, per_sample)
+        return factors
+
+    return partials, finish
+
+
+def _run_fused(call: _Call) -> None:
+    first, second = launch.column_pieces(call.z.shape[-1])
+    constants = {**call.math, **call.gelu, "C0": first, "C1": second}
+    order, live_count = call.order
+    factors = None
+    if call.grn[0] is not None:
+        chosen = call.choose("mlp_squares")
+        block_m = chosen["BLOCK_M"]
+        per_sample = call.tiles_per_sample(block_m)
+        tiles = launch.row_tiles(call.rows, call.rows_per_sample, block_m, per_sample)
+        partials, finish = _factors_of(call, call.z.shape[0], live_count, block_m, tiles)
+        images = grn.images_in_tile(block_m, call.rows_per_sample, per_sample)
+        launch.run(
+            squares_kernel,
+            (tiles,),
+            call.z,
+            *call.norm,
+            *call.fc1,
+            live_count,
+            order,
+            partials,
+            call.rows,
+            call.rows_per_sample,
+            call.eps,
+            **constants,
+            **chosen.meta,
+            PER_SAMPLE=per_sample,
+            IMAGES=images,
+        )
+        factors = finish()
+    chosen = call.choose("mlp_fused")
+    per_sample = call.tiles_per_sample(chosen["BLOCK_M"])
+    launch.run(
+        fused_kernel,
+        (launch.row_tiles(call.rows, call.rows_per_sample, chosen["BLOCK_M"], per_sample),),
+        call.z,
+        call.residual,
+        *call.norm,
+        *call.fc1,
+        factors,
+        call.grn[1],
+        *call.fc2,
+        call.layer_scale,
+        call.sample_scale,
+        order,
+        call.y,
+        call.mean,
+        call.rstd,
+        call.hidden,
+        call.rows,
+        call.rows_per_sample,
+        call.eps,
+        **constants,
+        **chosen.meta,
+        PER_SAMPLE=per_sample,
+    )
+
+
+def _run_two_kernels(call: _Call) -> None:
+    z, per_image, has_grn = call.z, call.rows_per_sample, call.grn[0] is not None
+    channels, hidden_columns = call.math["C"], call.math["K"]
+    order, live_count = call.order
+    chip = launch.chip_of(z)
+    first_piece, second_piece = launch.column_pieces(channels)
+    norm_rows = max(1, 4096 // triton.next_power_of_2(channels))
+    fc1, fc2 = call.choose("mlp_fc1"), call.choose("mlp_fc2")
+
+    unit = per_image if has_grn else 128
+    row_bytes = (channels + hidden_columns) * z.element_size()
+    chunk = min(call.rows, max(1, WORKSPACE_BYTES // (row_bytes * unit)) * unit)
+    a = z.new_empty((chunk, channels))
+    g = z.new_empty((chunk, hidden_columns))
+    for first in range(0, call.rows, chunk):
+        rows = min(chunk, call.rows - first)
+        where = (first, rows, per_image)
+        launch.run(
+            norm_kernel,
+            (triton.cdiv(rows, norm_rows),),
+            z,
+            call.residual,
+            *call.norm,
+            live_count,
+            order,
+            a,
+            call.y,
+            call.mean,
+            call.rstd,
+            call.hidden,
+            *where,
+            call.eps,
+            C=channels,
+            K=hidden_columns,
+            C0=first_piece,
+            C1=second_piece,
+            BLOCK_M=norm_rows,
+            BLOCK_K=max(16, 4096 // norm_rows),
+            num_warps=4 if channels <= 4096 else 16,
+        )
+
+        per_sample = call.tiles_per_sample(fc1["BLOCK_M"])
+        tiles = launch.row_tiles(rows, per_image, fc1["BLOCK_M"], per_sample)
+        partials = finish = factors = None
+        if has_grn:
+            chunk_live = None if live_count is None else (live_count - first // per_image).clamp_(0, rows // per_image)
+            partials, finish = _factors_of(call, rows // per_image, chunk_live, fc1["BLOCK_M"], tiles)
+        launch.run(
+            fc1_kernel,
+            _persistent(fc1, tiles, hidden_columns, chip),
+            *_tiled(fc1, a, call.fc1[0]),
+            call.fc1[1],
+            g,
+            call.hidden,
+            partials,
+            live_count,
+            order,
+            *where,
+            **call.math,
+            **call.gelu,
+            **_constants(fc1),
+            PER_SAMPLE=per_sample,
+            IMAGES=grn.images_in_tile(fc1["BLOCK_M"], per_image, per_sample),
+        )
+        if finish is not None:
+            factors = finish()
+
+        per_sample = call.tiles_per_sample(fc2["BLOCK_M"])
+        tiles = launch.row_tiles(rows, per_image, fc2["BLOCK_M"], per_sample)
+        rows_operand, weight = _tiled(fc2, g, call.fc2[0])
+        launch.run(
+            fc2_kernel,
+            _persistent(fc2, tiles, channels, chip),
+            rows_operand,
+            call.residual,
+            factors,
+            call.grn[1],
+            weight,
+            call.fc2[1],
+            call.layer_scale,
+            call.sample_scale,
+            live_count,
+            order,
+            call.y,
+            *where,
+            **call.math,
+            **_constants(fc2),
+            PER_SAMPLE=per_sample,
+        )
+
+
+def _persistent(chosen: config.Config, row_tiles: int, columns: int, chip: launch.Chip) -> tuple[int]:
+    """As many programs as run at once, or as there are tiles."""
+    return (min(row_tiles * triton.cdiv(columns, chosen["BLOCK_N"]), chosen["PROGRAMS"] * chip.multiprocessors),)
+
+
+def _constants(chosen: config.Config) -> dict[str, int]:
+    return {name: value for name, value in chosen.meta.items() if name != "PROGRAMS"}
+
+
+def _tiled(chosen: config.Config, rows: Tensor, weight: Tensor) -> tuple[Any, Any]:
+    """The operands of a product rows @ weight^T as the kernels load them: descriptors for TMA, or the tensors."""
+    if not chosen["TMA"]:
+        return rows, weight
+    depth = chosen["BLOCK_K"]
+    return (
+        TensorDescriptor.from_tensor(rows, [chosen["BLOCK_M"], depth]),
+        TensorDescriptor.from_tensor(weight, [chosen["BLOCK_N"], depth]),
+    )
