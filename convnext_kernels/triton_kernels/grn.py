@@ -25,21 +25,30 @@ def partials_shape(tiles: int, hidden: int, block_m: int, rows_per_sample: int, 
 
 
 @triton.jit
+def _store_image_squares(partials, g, mine, slot, k, K: tl.constexpr):
+    squares = tl.sum(tl.where(mine[:, None], g * g, 0.0), 0)
+    tl.store(partials + slot.to(tl.int64) * K + k, squares, mask=k < K)
+
+
+@triton.jit
 def store_squares(
     partials, g, row, inside, tile, k, rows_per_sample,
     K: tl.constexpr, BLOCK_M: tl.constexpr, IMAGES: tl.constexpr, PER_SAMPLE: tl.constexpr,
 ):  # fmt: skip
     """The sums over a tile's rows of g^2 at hidden columns k, for each image; `row`, `inside` are tile_rows'."""
     if PER_SAMPLE:
-        squares = tl.sum(tl.where(inside[:, None], g * g, 0.0), 0)
-        tl.store(partials + tile.to(tl.int64) * K + k, squares, mask=k < K)
+        _store_image_squares(partials, g, inside, tile, k, K)
     else:
         first_image = tile * BLOCK_M // rows_per_sample
-        image = row // rows_per_sample
-        for slot in range(tl.max(image, 0) - first_image + 1):
-            mine = inside & (image == first_image + slot)
-            squares = tl.sum(tl.where(mine[:, None], g * g, 0.0), 0)
-            tl.store(partials + (tile.to(tl.int64) * IMAGES + slot) * K + k, squares, mask=k < K)
+        image = row // rows_per_sample - first_image
+        images = tl.max(image, 0) + 1
+        if IMAGES <= 4:  # unrolled: the compiler does not pipeline a loop that has another inside
+            for i in tl.static_range(IMAGES):
+                if i < images:
+                    _store_image_squares(partials, g, inside & (image == i), tile * IMAGES + i, k, K)
+        else:
+            for i in range(images):
+                _store_image_squares(partials, g, inside & (image == i), tile * IMAGES + i, k, K)
 
 
 @triton.jit(do_not_specialize=["rows_per_sample"])

@@ -8,7 +8,7 @@ of the products are cast once a call, vectors where they are read.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -33,33 +33,113 @@ WORKSPACE_BYTES = 256 << 20
 PER_SAMPLE_WASTE = 1 / 7
 
 
-# --- configurations
+# --- configurations. None has been timed on a GPU; each compiles without stack on its chips (tests/test_triton_mlp.py).
+#     The reasons are arithmetic. A fused tile of M rows multiplies M FLOP for a byte of weights from L2, which has some
+#     24 bytes a cycle for each multiprocessor of a Hopper: 64 rows keep up where GELU is the longer part (C up to 128),
+#     C = 192 wants 128, and at C = 384 two kernels should be faster. GRN by the fused form computes the first product
+#     and GELU twice, which costs more than g's traffic from C = 192 on.
+
+_HOPPER_AND_LATER = (90, 100, 103, 110)  # wgmma or tcgen05, and 227 KB of shared memory; sm_120 has neither
 
 
 def _default_form(problem: config.Problem) -> config.Config:
     # fp32 products run without tensor cores and hold their operands in registers: a fused tile would not fit.
-    return config.Config({"FUSED": int(problem.dtype.itemsize == 2 and problem.channels <= FUSED_CHANNELS)})
+    return config.Config({"FUSED": int(problem.dtype.itemsize == 2 and problem.channels <= 256)})
+
+
+def _default_grn_form(problem: config.Problem) -> config.Config:
+    return config.Config({"FUSED": int(problem.dtype.itemsize == 2 and problem.channels <= 128)})
 
 
 def _default_fused(problem: config.Problem) -> config.Config:
-    return config.Config({"BLOCK_M": 64, "BLOCK_K": 32}, num_warps=4 if problem.channels <= 128 else 8, num_stages=2)
+    width = sum(launch.column_pieces(problem.channels))
+    if problem.chip in _HOPPER_AND_LATER:
+        if width <= 128:
+            return config.Config({"BLOCK_M": 64, "BLOCK_K": 64}, num_warps=4, num_stages=2)
+        if width <= 192:
+            return config.Config({"BLOCK_M": 128, "BLOCK_K": 64}, num_warps=8, num_stages=2)
+        return config.Config({"BLOCK_M": 64, "BLOCK_K": 32}, num_warps=8, num_stages=2)
+    if width <= 128:
+        return config.Config({"BLOCK_M": 64, "BLOCK_K": 32}, num_warps=4, num_stages=2)
+    if width <= 192:
+        return config.Config({"BLOCK_M": 64, "BLOCK_K": 16}, num_warps=8, num_stages=2)
+    return config.Config({"BLOCK_M": 64 if width <= 256 else 32, "BLOCK_K": 32}, num_warps=8, num_stages=2)
 
 
-def _default_product(problem: config.Problem) -> config.Config:
+def _default_grn_fused(problem: config.Problem) -> config.Config:
+    if problem.chip in _HOPPER_AND_LATER or problem.channels > 128:
+        return _default_fused(problem)
+    return config.Config({"BLOCK_M": 64, "BLOCK_K": 32}, num_warps=8, num_stages=2)
+
+
+def _default_squares(problem: config.Problem) -> config.Config:
+    width = sum(launch.column_pieces(problem.channels))
+    narrow = width <= (192 if problem.chip in _HOPPER_AND_LATER else 128)
+    return config.Config({"BLOCK_M": 64, "BLOCK_K": 32}, num_warps=4 if narrow else 8, num_stages=2)
+
+
+def _product(m: int, n: int, k: int, programs: int, tma: bool, warps: int, stages: int) -> config.Config:
+    """PROGRAMS: blocks a multiprocessor that the persistent kernel launches."""
+    blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8, "PROGRAMS": programs, "TMA": int(tma)}
+    return config.Config(blocks, num_warps=warps, num_stages=stages)
+
+
+def _default_fc1(problem: config.Problem) -> config.Config:
     if problem.dtype.itemsize == 4:
-        blocks = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}
-        return config.Config({**blocks, "GROUP": 8, "PROGRAMS": 2, "TMA": 0}, num_warps=8, num_stages=2)
-    blocks = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}
-    return config.Config(
-        {**blocks, "GROUP": 8, "PROGRAMS": 2, "TMA": int(problem.chip >= 90)}, num_warps=8, num_stages=3
-    )
+        return _product(128, 64, 16, 2, False, 8, 2)
+    if problem.chip in _HOPPER_AND_LATER:
+        return _product(128, 128, 64, 2, True, 8, 3)
+    return _product(128, 128, 32, 2, False, 8, 3)
 
 
-config.declare("mlp_form", default=_default_form)
-config.declare("mlp_fused", default=_default_fused)
-config.declare("mlp_squares", default=_default_fused)
-config.declare("mlp_fc1", default=_default_product)
-config.declare("mlp_fc2", default=_default_product)
+def _default_fc2(problem: config.Problem) -> config.Config:
+    # No GELU to hide: one large tile a multiprocessor, where there are rows enough for that.
+    if problem.dtype.itemsize == 2 and problem.chip in _HOPPER_AND_LATER:
+        if problem.channels % 256 == 0 and problem.rows > 8192:
+            return _product(128, 256, 64, 1, True, 8, 3)
+        return _product(128, 128, 64, 1, True, 8, 4)
+    return _default_fc1(problem)
+
+
+def _fused_candidates(problem: config.Problem) -> Iterator[config.Config]:
+    for block_m, warps in ((64, 4), (64, 8), (128, 8)):
+        for block_k in (32, 64):
+            for stages in (2, 3):
+                yield config.Config({"BLOCK_M": block_m, "BLOCK_K": block_k}, num_warps=warps, num_stages=stages)
+
+
+def _product_candidates(problem: config.Problem) -> Iterator[config.Config]:
+    if problem.dtype.itemsize == 4:
+        yield _product(64, 64, 32, 2, False, 8, 2)
+        yield _product(128, 64, 16, 2, False, 8, 2)
+        return
+    for tma in (False, True) if problem.chip >= 90 else (False,):
+        for m, n, k, programs, warps, stages in (
+            (128, 256, 64, 1, 8, 3),
+            (128, 128, 64, 1, 8, 4),
+            (128, 128, 64, 2, 8, 3),
+            (128, 128, 32, 2, 8, 4),
+            (128, 64, 64, 2, 4, 3),
+            (64, 256, 64, 1, 8, 3),
+            (64, 128, 64, 2, 4, 3),
+            (64, 64, 64, 3, 4, 3),
+        ):
+            yield _product(m, n, k, programs, tma, warps, stages)
+
+
+def _form_candidates(problem: config.Problem) -> Iterator[config.Config]:
+    yield config.Config({"FUSED": 0})
+    if problem.dtype.itemsize == 2 and problem.channels <= FUSED_CHANNELS:
+        yield config.Config({"FUSED": 1})
+
+
+config.declare("mlp_form", default=_default_form, candidates=_form_candidates)
+config.declare("mlp_grn_form", default=_default_grn_form, candidates=_form_candidates)
+config.declare("mlp_fused", default=_default_fused, candidates=_fused_candidates)
+config.declare("mlp_grn_fused", default=_default_grn_fused, candidates=_fused_candidates)
+config.declare("mlp_squares", default=_default_squares, candidates=_fused_candidates)
+config.declare("mlp_fc1", default=_default_fc1, candidates=_product_candidates)
+config.declare("mlp_fc2", default=_default_fc2, candidates=_product_candidates)
 
 
 # --- what it takes
@@ -157,19 +237,15 @@ def layer_norm_mlp(
                 layer_scale=layer_scale,
                 sample_scale=sample_scale,
                 order=(None, None) if sample_scale is None else launch.sample_order(sample_scale),
-                eps=eps,
-                math={
-                    "C": channels,
-                    "K": hidden_columns,
-                    "PRECISION": "ieee",
-                },
+                eps=float(eps),
+                math={"C": channels, "K": hidden_columns, "PRECISION": "ieee"},
                 gelu={"TANH": approximate == "tanh", "CHEAP": z.dtype != torch.float32},
                 y=y,
                 mean=mean,
                 rstd=rstd,
                 hidden=hidden if keep_hidden else None,
             )
-            if call.choose("mlp_form")["FUSED"]:
+            if call.choose("mlp_form" if grn_weight is None else "mlp_grn_form")["FUSED"]:
                 _run_fused(call)
             else:
                 _run_two_kernels(call)
@@ -265,7 +341,7 @@ def _run_fused(call: _Call) -> None:
             IMAGES=images,
         )
         factors = finish()
-    chosen = call.choose("mlp_fused")
+    chosen = call.choose("mlp_fused" if factors is None else "mlp_grn_fused")
     per_sample = call.tiles_per_sample(chosen["BLOCK_M"])
     launch.run(
         fused_kernel,
@@ -304,7 +380,9 @@ def _run_two_kernels(call: _Call) -> None:
 
     unit = per_image if has_grn else 128
     row_bytes = (channels + hidden_columns) * z.element_size()
-    chunk = min(call.rows, max(1, WORKSPACE_BYTES // (row_bytes * unit)) * unit)
+    most = max(1, WORKSPACE_BYTES // (row_bytes * unit)) * unit
+    chunk = triton.cdiv(triton.cdiv(call.rows, triton.cdiv(call.rows, most)), unit) * unit  # all about the same
+    chunk = min(chunk, call.rows)
     a = z.new_empty((chunk, channels))
     g = z.new_empty((chunk, hidden_columns))
     for first in range(0, call.rows, chunk):

@@ -170,10 +170,11 @@ def fc1_kernel(
         if hidden is not None:
             _, position = row_position(first_row + row, order, rows_per_sample)
             tl.store(hidden + position[:, None] * K + k[None, :], acc.to(hidden.dtype.element_ty), mask=mask)
-        value = gelu(acc, TANH, CHEAP)
-        if partials is not None:
+        value = gelu(acc, TANH, CHEAP).to(g.dtype.element_ty)
+        tl.store(g + row.to(tl.int64)[:, None] * K + k[None, :], value, mask=mask)
+        if partials is not None:  # of the rounded g: half the registers, and what fc2_kernel multiplies
+            value = value.to(tl.float32)
             store_squares(partials, value, row, inside, row_tile, k, rows_per_sample, K, BLOCK_M, IMAGES, PER_SAMPLE)
-        tl.store(g + row.to(tl.int64)[:, None] * K + k[None, :], value.to(g.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["first_row", "rows", "rows_per_sample"])
