@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
+from . import backends, reference
 from .operators import _arguments as arguments
 from .operators.block import convnext_block
 from .operators.mlp import branch_dtype
@@ -33,6 +33,8 @@ class FusedConvNeXtBlock(ConvNeXtBlockParameters):
         bias: whether the convolution and the two linear layers have one.
         approximate: GELU's form, 'none' (exact) or 'tanh'.
         recompute: compute the hidden tensor again in backward; False keeps it (`mlp_ratio` * C more values a pixel).
+        backend: what runs the block, compiled or not: 'auto', 'cpu', 'cuda', 'triton' or 'reference'
+            (:mod:`convnext_kernels.backends`). None follows ``use_backend`` and CONVNEXT_KERNELS_BACKEND at each call.
         device, dtype: of the parameters.
 
     Shape:
@@ -45,6 +47,8 @@ class FusedConvNeXtBlock(ConvNeXtBlockParameters):
 
     Source: ConvNeXt (arXiv:2201.03545), figure 4; ConvNeXt V2 (arXiv:2301.00808), section 4.
     """
+
+    backend: str | None = None  # for blocks that were pickled before there was one
 
     def __init__(
         self,
@@ -59,6 +63,7 @@ class FusedConvNeXtBlock(ConvNeXtBlockParameters):
         bias: bool = True,
         approximate: str = "none",
         recompute: bool = True,
+        backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -76,6 +81,9 @@ class FusedConvNeXtBlock(ConvNeXtBlockParameters):
             dtype=dtype,
         )
         self.recompute = recompute
+        if backend is not None:
+            backends.checked(backend, "FusedConvNeXtBlock: argument 'backend'")
+        self.backend = backend
 
     def forward(self, x: Tensor) -> Tensor:
         return run_block(
@@ -95,10 +103,11 @@ class FusedConvNeXtBlock(ConvNeXtBlockParameters):
             eps=self.norm.eps,
             approximate=self.act.approximate,
             recompute=self.recompute,
+            backend=self.backend,
         )
 
     def extra_repr(self) -> str:
-        return f"recompute={self.recompute}"
+        return f"recompute={self.recompute}" + ("" if self.backend is None else f", backend={self.backend!r}")
 
 
 def run_block(
@@ -109,6 +118,7 @@ def run_block(
     eps: float,
     approximate: str,
     recompute: bool,
+    backend: str | None,
 ) -> Tensor:
     """Draws the drop-path vector and runs the block's operator; what a block's ``forward`` does.
 
@@ -122,5 +132,12 @@ def run_block(
     if torch.onnx.is_in_onnx_export():
         return reference.convnext_block(x, conv_weight, *parameters, sample_scale, eps, approximate)
     return convnext_block(
-        x, conv_weight, *parameters, sample_scale, eps=eps, approximate=approximate, recompute=recompute
+        x,
+        conv_weight,
+        *parameters,
+        sample_scale,
+        eps=eps,
+        approximate=approximate,
+        recompute=recompute,
+        backend=backend,
     )

@@ -47,18 +47,19 @@ STABLE_TORCH_LIBRARY(convnext_kernels, m) {
       "Tensor grad_fc1_bias, Tensor grad_grn_weight, Tensor grad_grn_bias, Tensor grad_fc2_weight, "
       "Tensor grad_fc2_bias, Tensor grad_layer_scale)");
 
-  // --- the whole block: composed in Python (operators/block.py) from the operators above
+  // --- the whole block: composed in Python (operators/block.py) from the operators above, all of which run in
+  //     `backend` (convnext_kernels/backends.py); None: in the one that is asked for at the call
   m.def(
       "convnext_block(Tensor x, Tensor conv_weight, Tensor? conv_bias, Tensor? norm_weight, Tensor? norm_bias, "
       "Tensor fc1_weight, Tensor? fc1_bias, Tensor? grn_weight, Tensor? grn_bias, Tensor fc2_weight, "
       "Tensor? fc2_bias, Tensor? layer_scale, Tensor? sample_scale, float eps, str approximate, "
-      "ScalarType compute_dtype, ScalarType out_dtype, bool recompute) "
+      "ScalarType compute_dtype, ScalarType out_dtype, bool recompute, str? backend=None) "
       "-> (Tensor y, Tensor x_copy, Tensor z, Tensor mean, Tensor rstd, Tensor hidden)");
   m.def(
       "convnext_block_backward(Tensor grad, Tensor x, Tensor z, Tensor mean, Tensor rstd, Tensor hidden, "
       "Tensor conv_weight, Tensor? norm_weight, Tensor? norm_bias, Tensor fc1_weight, Tensor? fc1_bias, "
       "Tensor? grn_weight, Tensor? grn_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? layer_scale, "
-      "Tensor? sample_scale, str approximate, ScalarType x_dtype, int output_mask) "
+      "Tensor? sample_scale, str approximate, ScalarType x_dtype, int output_mask, str? backend=None) "
       "-> (Tensor grad_x, Tensor grad_conv_weight, Tensor grad_conv_bias, Tensor grad_norm_weight, "
       "Tensor grad_norm_bias, Tensor grad_fc1_weight, Tensor grad_fc1_bias, Tensor grad_grn_weight, "
       "Tensor grad_grn_bias, Tensor grad_fc2_weight, Tensor grad_fc2_bias, Tensor grad_layer_scale)");

@@ -367,7 +367,7 @@ def test_other_errors():
 
 
 def test_unknown_backend():
-    message = "'backend': expected one of auto, cpu, cuda, reference, got 'tpu'"
+    message = "'backend': expected one of auto, cpu, cuda, triton, reference, got 'tpu'"
     with pytest.raises(ValueError, match=message), ck.use_backend("tpu"):
         pass
     assert backends.current() == "auto"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..backends import checked
 from ..block import FusedConvNeXtBlock
 from .blocks import FusedBlock, find_change, plan_block
 from .inspection import NotCoveredError
@@ -97,7 +98,7 @@ def _look_at_norm(name: str, norm: nn.Module) -> _Finding:
     return _Finding(norm, FusionEntry(name, "norm", family, fused, "" if fused else reason), plan)
 
 
-def fuse(model: nn.Module, *, norms: bool = True, recompute: bool = True) -> nn.Module:
+def fuse(model: nn.Module, *, norms: bool = True, recompute: bool = True, backend: str | None = None) -> nn.Module:
     """Makes every ConvNeXt block of a model that the kernels cover run fused, in place.
 
     Recognised: facebookresearch's ConvNeXt and ConvNeXt-V2 (by structure), timm, torchvision, transformers (ConvNext,
@@ -108,31 +109,36 @@ def fuse(model: nn.Module, *, norms: bool = True, recompute: bool = True) -> nn.
 
     A block that the kernels do not cover, or whose inner modules carry hooks, parametrizations or adapters, is left
     alone with a warning; :func:`fusion_report` lists all with the reasons. A part that is replaced or hooked after
-    fusing makes its block run the original forward, which is logged. Fusing again changes nothing but `recompute`.
+    fusing makes its block run the original forward, which is logged. Fusing again changes nothing but `recompute` and
+    `backend`.
 
     Args:
         model: a model, or a block itself.
         norms: also run the LayerNorms of stem, downsampling and head through our operator.
         recompute: compute the hidden tensor again in backward; False keeps it, for more memory and less work.
+        backend: what runs the blocks (:mod:`convnext_kernels.backends`); None follows ``use_backend`` at each call, as
+            the norms always do.
 
     Returns:
         `model`, the same object.
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: it holds no ConvNeXt block; nothing is changed.
+        ValueError: it holds no ConvNeXt block, or there is no such backend; nothing is changed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: argument 'model': expected a torch.nn.Module, got {type(model).__name__}")
+    if backend is not None:
+        checked(backend, "fuse: argument 'backend'")
     findings = _survey(model)
     blocks = [finding for finding in findings if finding.entry.kind == "block"]
     if not blocks:
         raise ValueError(f"fuse: argument 'model': found no ConvNeXt block in {type(model).__name__}; nothing changed")
     for block in blocks:
         if block.plan is not None:
-            swap(block.module, FusedBlock, dataclasses.replace(block.plan, recompute=recompute))
+            swap(block.module, FusedBlock, dataclasses.replace(block.plan, recompute=recompute, backend=backend))
         elif isinstance(block.module, FusedConvNeXtBlock):
-            block.module.recompute = recompute
+            block.module.recompute, block.module.backend = recompute, backend
     left_alone = [block.entry for block in blocks if block.plan is None and not block.entry.fused]
     if norms and len(left_alone) < len(blocks):
         for finding in findings:

@@ -50,6 +50,7 @@ class BlockPlan:
     has_grn: bool
     approximate: str
     recompute: bool = True
+    backend: str | None = None
 
 
 class FusedBlock(Fused):
@@ -77,6 +78,7 @@ class FusedBlock(Fused):
             eps=modules[_NORM].eps,
             approximate=plan.approximate,
             recompute=plan.recompute,
+            backend=plan.backend,
         )
 
 

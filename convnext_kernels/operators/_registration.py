@@ -1,4 +1,4 @@
-"""How a raw operator of csrc/operators.cpp gets its fake implementation, its derivative and its fallback."""
+"""How a raw operator of csrc/operators.cpp gets its fake implementation, its derivative and its backend."""
 
 from __future__ import annotations
 
@@ -8,22 +8,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, reference_backend
+from .. import backends
 
-__all__ = ["dense_channels_last", "differentiate", "differentiate_once", "fake", "implement_everywhere"]
+__all__ = ["composed", "dense_channels_last", "differentiate", "differentiate_once", "fake"]
 
 _library = torch.library.Library("convnext_kernels", "IMPL")
 
 
-def implement_everywhere(operator: str, function: Callable[..., Any]) -> None:
-    """`function` runs the operator on every device that has no kernel of its own, inference mode included."""
+def composed(operator: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes `function`, which calls other operators, run an operator on every device.
+
+    Returns what `differentiate` takes: it runs `function` at once, or the operator itself where something is tracing.
+    """
     _library.impl(operator, function, "CompositeExplicitAutograd")
+    overload = getattr(torch.ops.convnext_kernels, operator).default
+
+    def run(*arguments: Any) -> Any:
+        if backends.are_plain(arguments):
+            return function(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*arguments)
+
+    return run
 
 
 def fake(operator: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers the shape, stride and dtype rule of an operator, and PyTorch's kernels for devices without ours."""
+    """Registers the shape, stride and dtype rule of an operator, and the choice of the backend that runs it."""
     if operator in backends.OPERATORS:
-        implement_everywhere(operator, getattr(reference_backend, operator))
+        _library.impl(operator, backends.route(operator), "BackendSelect")
     return torch.library.register_fake(f"convnext_kernels::{operator}", lib=_library)
 
 

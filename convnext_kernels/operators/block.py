@@ -7,6 +7,7 @@ C = 96. `recompute=False` keeps the hidden tensor too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,24 +16,30 @@ from torch import Tensor
 from .. import backends
 from ..reference_backend import accumulation_dtype
 from . import _arguments as arguments
-from ._registration import dense_channels_last, differentiate, differentiate_once, fake, implement_everywhere
+from ._registration import composed, dense_channels_last, differentiate, differentiate_once, fake
 from .depthwise_conv import check_convolution
 from .mlp import branch_dtype, check_mlp, mask_of, parameter_grads
 
 __all__ = ["ConvNeXtBlockFunction", "convnext_block"]
 
 
+def _split_backend(arguments: tuple[Any, ...], without: int) -> tuple[tuple[Any, ...], Callable[..., Any]]:
+    """The arguments without the last, `backend`, and what calls an operator in that; the dispatcher drops defaults."""
+    backend = arguments[without] if len(arguments) > without else None
+    return arguments[:without], backends.call_in(backend)
+
+
 def _forward(
     x: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     # mlp: the arguments of layer_norm_mlp from norm_weight to approximate.
-    *mlp, compute_dtype, out_dtype, recompute = rest
+    (*mlp, compute_dtype, out_dtype, recompute), call = _split_backend(rest, 15)
     sample_scale = mlp[-3]
     # x itself is saved where it is in the compute dtype; a result may not alias an argument, hence the empty tensor.
     same = x.dtype == compute_dtype
     x_copy = x.new_empty((0,)) if same else x.to(compute_dtype)
-    z = backends.call("depthwise_conv2d", x if same else x_copy, conv_weight, conv_bias, 1, sample_scale)
-    y, mean, rstd, hidden = backends.call(
+    z = call("depthwise_conv2d", x if same else x_copy, conv_weight, conv_bias, 1, sample_scale)
+    y, mean, rstd, hidden = call(
         "layer_norm_mlp", z.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1), *mlp, out_dtype, not recompute
     )
     return y.permute(0, 3, 1, 2), x_copy, z, mean, rstd, hidden
@@ -40,7 +47,7 @@ def _forward(
 
 @fake("convnext_block")
 def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    fc1_weight, (compute_dtype, out_dtype, recompute) = rest[4], rest[-3:]
+    fc1_weight, (compute_dtype, out_dtype, recompute) = rest[4], rest[14:17]
     n, _, h, w = x.shape
     statistics = accumulation_dtype(compute_dtype)
     return (
@@ -64,12 +71,12 @@ def _backward(
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     # mlp: the arguments of layer_norm_mlp_backward from norm_weight to approximate.
-    *mlp, x_dtype, output_mask = rest
+    (*mlp, x_dtype, output_mask), call = _split_backend(rest, 13)
     sample_scale = mlp[-2]
     # Bits 0 to 2: x, convolution weight and bias, all of which need the gradient of z; then the MLP's parameters.
     needs_x, needs_conv = output_mask & 1, output_mask & 0b110
     mlp_mask = (output_mask >> 3 << 1) | (1 if output_mask & 0b111 else 0)
-    dz, *dparameters = backends.call(
+    dz, *dparameters = call(
         "layer_norm_mlp_backward",
         grad.permute(0, 2, 3, 1),
         z.permute(0, 2, 3, 1),
@@ -84,15 +91,15 @@ def _backward(
     if needs_x or needs_conv:
         dz = dz.permute(0, 3, 1, 2)
     if needs_x:
-        dx = backends.call("depthwise_conv2d_input_grad", dz, conv_weight, grad, 1, [0, 0], sample_scale).to(x_dtype)
+        dx = call("depthwise_conv2d_input_grad", dz, conv_weight, grad, 1, [0, 0], sample_scale).to(x_dtype)
     if needs_conv:
-        dweight, dbias = backends.call("depthwise_conv2d_weight_grad", dz, x, conv_weight.shape[-1], 1, sample_scale)
+        dweight, dbias = call("depthwise_conv2d_weight_grad", dz, x, conv_weight.shape[-1], 1, sample_scale)
     return dx, dweight, dbias, *dparameters
 
 
 @fake("convnext_block_backward")
 def _(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    z, conv_weight, (x_dtype, output_mask) = rest[0], rest[4], rest[-2:]
+    z, conv_weight, (x_dtype, output_mask) = rest[0], rest[4], rest[16:18]
     dtype = accumulation_dtype(z.dtype)
     channels = conv_weight.shape[0]
 
@@ -111,6 +118,11 @@ def _(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     )
 
 
+# The composition serves every device: what differs is chosen inside, operator by operator.
+_run_forward = composed("convnext_block", _forward)
+_run_backward = composed("convnext_block_backward", _backward)
+
+
 class ConvNeXtBlockFunction(torch.autograd.Function):
     """One node for the block. Arguments and results are those of the raw operator.
 
@@ -120,13 +132,15 @@ class ConvNeXtBlockFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        return _forward(*inputs)
+        return _run_forward(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, *parameters, sample_scale = inputs[:13]
         _, x_copy, z, mean, rstd, hidden = output
         ctx.approximate = inputs[14]
+        ctx.backend = inputs[18] if len(inputs) > 18 else None
+        ctx.not_differentiable = len(inputs) - 12
         ctx.x_dtype = x.dtype
         ctx.mark_non_differentiable(mean, rstd, hidden)
         # The public function drops every result but the first: no zeros in place of their gradients.
@@ -156,6 +170,7 @@ class ConvNeXtBlockFunction(torch.autograd.Function):
                 ctx.approximate,
                 ctx.x_dtype,
                 mask_of((needs_x, *needs)),
+                ctx.backend,
             )
         if grad_z is not None:
             grad_z = grad_z.contiguous(memory_format=torch.channels_last)
@@ -169,7 +184,11 @@ class ConvNeXtBlockFunction(torch.autograd.Function):
             dparameters[:2] = [_sum(total, more) for total, more in zip(dparameters[:2], from_z, strict=True)]
         if grad_x_copy is not None and x.dtype != ctx.x_dtype:
             dx = _sum(dx, grad_x_copy.to(ctx.x_dtype))
-        return dx if needs_x else None, *parameter_grads(parameters, dparameters, needs), *(None,) * 6
+        return (
+            dx if needs_x else None,
+            *parameter_grads(parameters, dparameters, needs),
+            *(None,) * ctx.not_differentiable,
+        )
 
 
 def _sum(total: Tensor | None, more: Tensor) -> Tensor:
@@ -177,11 +196,8 @@ def _sum(total: Tensor | None, more: Tensor) -> Tensor:
     return more if total is None or total.numel() == 0 else total + more
 
 
-# The composition serves every device: what differs is chosen inside, operator by operator.
-implement_everywhere("convnext_block", _forward)
-implement_everywhere("convnext_block_backward", _backward)
-differentiate("convnext_block", ConvNeXtBlockFunction, _forward)
-differentiate_once("convnext_block_backward", _backward)
+differentiate("convnext_block", ConvNeXtBlockFunction, _run_forward)
+differentiate_once("convnext_block_backward", _run_backward)
 
 
 def convnext_block(
@@ -202,6 +218,7 @@ def convnext_block(
     eps: float = 1e-6,
     approximate: str = "none",
     recompute: bool = True,
+    backend: str | None = None,
 ) -> Tensor:
     """A ConvNeXt V1 or V2 block: x + sample_scale * layer_scale * MLP(LayerNorm(depthwise_conv2d(x))).
 
@@ -219,6 +236,8 @@ def convnext_block(
         eps: LayerNorm's, at least 0.
         approximate: GELU's form, 'none' (exact) or 'tanh'.
         recompute: compute the hidden tensor again in backward. False keeps it: 4 C more values a pixel at K = 4 C.
+        backend: what runs it, forward and backward (:mod:`convnext_kernels.backends`); None follows ``use_backend`` and
+            CONVNEXT_KERNELS_BACKEND at each call.
 
     Returns:
         x's shape in channels-last memory, in the dtype eager PyTorch gives. Under autocast the branch is computed in
@@ -226,8 +245,8 @@ def convnext_block(
 
     Raises:
         TypeError: not a tensor, an unsupported dtype, or parameters of another dtype outside autocast.
-        ValueError: a wrong rank, shape, kernel size, eps, device, or `approximate`.
-        RuntimeError: from a double backward, which is not supported.
+        ValueError: a wrong rank, shape, kernel size, eps, device, `approximate`, or `backend`.
+        RuntimeError: the forced backend cannot run it; or a double backward, which is not supported.
 
     Source: ConvNeXt (arXiv:2201.03545), figure 4 and sections 2.4 to 2.6; ConvNeXt V2 (arXiv:2301.00808), section 4.
     """
@@ -249,6 +268,8 @@ def convnext_block(
     check_mlp(name, x.shape[1], x.shape[0], **parameters, sample_scale=sample_scale, eps=eps, approximate=approximate)
     convolution = {"conv_weight": conv_weight, "conv_bias": conv_bias}
     arguments.check_device(name, x, **convolution, **parameters, sample_scale=sample_scale)
+    if backend is not None:
+        backends.checked(backend, f"{name}: argument 'backend'")
     autocast = arguments.autocast_dtype(x)
     arguments.check_dtypes(name, x.dtype, autocast is not None, **convolution, **parameters)
     compute = autocast or x.dtype
@@ -266,6 +287,7 @@ def convnext_block(
         compute,
         out_dtype,
         recompute,
+        backend,
     )[0]
 
 

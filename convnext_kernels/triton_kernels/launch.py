@@ -30,6 +30,7 @@ __all__ = [
     "row_tiles",
     "run",
     "sample_order",
+    "why_not_device",
     "why_not_tensor",
 ]
 
@@ -100,19 +101,20 @@ def chip_of(tensor: Tensor) -> Chip:
 # --- checks
 
 
+def why_not_device(device: torch.device) -> str | None:
+    """Why no Triton kernel can take a tensor on this device; None where one can."""
+    if device.type == "cuda":
+        return "TRITON_INTERPRET=1 is set and the tensors are on a GPU" if INTERPRETED else None
+    if (device.type == "cpu" and INTERPRETED) or (device.type == "meta" and _recorder is not None):
+        return None
+    return f"Triton kernels need a CUDA tensor, not one on '{device.type}' (TRITON_INTERPRET=1 takes CPU tensors)"
+
+
 def why_not_tensor(tensor: Tensor) -> str | None:
     """Why no Triton kernel can take this tensor; None where one can."""
     if tensor.dtype not in DTYPES:
         return f"Triton kernels take float32, float16 and bfloat16, not {tensor.dtype}"
-    if tensor.is_cuda:
-        return "TRITON_INTERPRET=1 is set and the tensors are on a GPU" if INTERPRETED else None
-    if tensor.device.type == "meta" and _recorder is not None:
-        return None
-    if tensor.device.type == "cpu" and INTERPRETED:
-        return None
-    return (
-        f"Triton kernels need a CUDA tensor, not one on '{tensor.device.type}' (TRITON_INTERPRET=1 takes CPU tensors)"
-    )
+    return why_not_device(tensor.device)
 
 
 def fail(operator: str, argument: str, expected: str, got: Any) -> NoReturn:
