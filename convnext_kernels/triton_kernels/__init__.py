@@ -22,6 +22,13 @@ __all__ = ["OPERATORS", "implementation", "why_not"]
 #: The module that implements an operator of csrc/operators.cpp, as a function of the operator's name. A module may
 #: have a function `why_not(operator, *arguments)` of its own for what `why_not_tensor` does not see.
 OPERATORS: dict[str, str] = {
+    "depthwise_conv2d": "depthwise_conv",
+    "depthwise_conv2d_input_grad": "depthwise_conv",
+    "depthwise_conv2d_weight_grad": "depthwise_conv",
+    "layer_norm": "layer_norm",
+    "layer_norm_backward": "layer_norm",
+    "bias_gelu": "bias_gelu",
+    "bias_gelu_backward": "bias_gelu",
     "layer_norm_mlp": "mlp_forward",
 }
 
