@@ -13,6 +13,8 @@ from build_tools import toolchain
 ROOT = Path(__file__).resolve().parent.parent
 # A room may spread its kernels over several translation units, which then compile side by side.
 SOURCES = {f"{source.parent.name}/{source.stem}": source for source in sorted(ROOT.glob("csrc/*/cuda*.cu"))}
+# They launch kernels that other sources hold.
+WITHOUT_KERNELS = {"mlp/cuda_mlp_forward"}
 ARCHITECTURES = ["80", "120"]
 
 KERNEL = re.compile(
@@ -74,10 +76,11 @@ def test_no_kernel_spills(reports, source, architecture):
     report = reports[source, architecture]
     assert "warning" not in report, report
     kernels = [match.groupdict() for match in KERNEL.finditer(report)]
-    assert len(kernels) == report.count("Compiling entry function") > 0
+    assert len(kernels) == report.count("Compiling entry function")
+    assert bool(kernels) == (source not in WITHOUT_KERNELS)
     # The plain kernels of unusual shapes divide 64-bit numbers before their loops: a call, which saves a few registers.
     spilling = [
         k for k in kernels if max(int(k[n]) for n in ("stack", "stores", "loads")) > 64 * ("simple_" in k["name"])
     ]
     assert not spilling
-    assert any("simple_" not in k["name"] for k in kernels)
+    assert not kernels or any("simple_" not in k["name"] for k in kernels)

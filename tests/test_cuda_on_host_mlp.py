@@ -1,10 +1,14 @@
 """The passes of layer_norm_mlp around its matrix products, executed on the CPU (see test_cuda_on_host.py): each kernel
-in every dtype against plain loops in double, in four schedules with the same bits; dropped samples hold NaN.
+in every dtype against plain loops in double, in four schedules with the same bits; dropped samples hold NaN. And what
+test_cuda_entries_on_host.py does not see of the entries that compose them: many chunks of rows.
 """
+
+import re
 
 import pytest
 
 import cuda_programs
+from cuda_entries import Entries
 from cuda_programs import check, run
 
 PROGRAM = "mlp_passes"
@@ -26,7 +30,11 @@ assert len(SHAPES) >= 30
 @pytest.fixture(scope="module")
 def programs(request):
     wanted = [(PROGRAM, variant) for variant in cuda_programs.VARIANTS]
-    yield from cuda_programs.provide(request, wanted + [mutant(name) for name in DEFECTS])
+    for programs in cuda_programs.provide(request, wanted + [mutant(name) for name in DEFECTS], Entries):
+        if sum(item.path == request.path for item in request.session.items) > 50:
+            for edits in (SMALL_CHUNKS, *((*SMALL_CHUNKS, edit) for edit, _ in CHUNK_DEFECTS.values())):
+                programs.start_library("plain", edits)
+        yield programs
 
 
 def rows_of(shape, number, whole_samples=False):
@@ -94,6 +102,7 @@ def layer_scale(shape, dtype, number):
     channels, hidden = max(1, shape[0]), shape[2]
     options = {"type": dtype, "channels": channels, "hidden": hidden, "bias": ["none", *PARAMETERS][number % 5]}
     options |= {"layer_scale": PARAMETERS[number % 4], "weight": int(number % 3 != 1), "grad_bias": number % 2}
+    options |= {"sums": int(number % 6 != 5), "grad_sums": int(number % 7 != 6), "grad_scale": int(number % 4 != 3)}
     yield options | {"offset": int(number % 5 == 4)}
 
 
@@ -268,3 +277,56 @@ def test_planted_defect_is_found(programs, name):
 def test_every_kernel_has_two_defects():
     cases = [defect.case for defect in DEFECTS.values()]
     assert {kernel: cases.count(kernel) for kernel in KERNELS} == dict.fromkeys(KERNELS, 2)
+
+
+# --- chunks: with no room for a workspace, they are as small as they can be: 1024 rows, or with GRN an image
+
+SMALL_CHUNKS = tuple(
+    (f"mlp/cuda_mlp_{name}.cu", "approximate, kMaxWorkspaceBytes", "approximate, 1") for name in ("forward", "backward")
+)
+CHUNK_TESTS = "several_chunks or (test_numerics and none and v2)"
+
+
+def run_in_small_chunks(programs, tmp_path, expression, *edits):
+    return programs.run_pytest(
+        *("plain", tmp_path / "launches", "tests/test_mlp_cpu.py", "-k", expression), edits=(*SMALL_CHUNKS, *edits)
+    )
+
+
+def test_many_chunks(programs, tmp_path):
+    done = run_in_small_chunks(programs, tmp_path, CHUNK_TESTS)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
+    passed = int(re.search(r"(\d+) passed", done.stdout)[1])
+    assert passed >= 18
+    launches = dict(map(str.split, (tmp_path / "launches").read_text().splitlines()))
+    # In one chunk, a forward takes at most 6 launches, a backward at most 15.
+    assert int(launches["layer_norm_mlp"]) > 2 * 6 * 2 * passed
+    assert int(launches["layer_norm_mlp_backward"]) > 2 * 15 * 2 * passed
+
+
+CHUNK_DEFECTS = {
+    "only-the-last-chunk-counts": (
+        ("mlp/cuda_mlp_backward.cu", "chunk.first > 0);", "false);"),
+        "gradient of",
+    ),
+    "statistics-of-the-first-chunk": (
+        ("mlp/cuda_mlp_backward.cu", "data_of<const A>(rstd_, chunk.first)", "data_of<const A>(rstd_, 0)"),
+        "gradient of z",
+    ),
+    "residual-of-the-first-chunk": (
+        (
+            "mlp/cuda_mlp_forward.cu",
+            "parameter_from(residual_, chunk.first * mlp_.channels)",
+            "as_parameter(residual_)",
+        ),
+        "y: RMS error",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHUNK_DEFECTS)
+def test_planted_defect_of_chunks_is_found(programs, tmp_path, name):
+    edit, message = CHUNK_DEFECTS[name]
+    done = run_in_small_chunks(programs, tmp_path, "several_chunks and bf16 and v2 or several_chunks and shape0", edit)
+    assert done.returncode == 1, "the planted defect was not found"
+    assert message in done.stdout

@@ -134,7 +134,7 @@ class MlpWanted {
   bool grad_hidden;     // dh
   bool grad_activated;  // dg
   bool activated;       // g, or GRN(g)
-  bool by_weights;      // the gradient of layer scale, from G
+  bool by_weights;      // the gradient of layer scale comes from the unscaled gradient of W2
   bool branch_grad;
 
  private:

@@ -15,13 +15,14 @@ struct MlpWorkspace {
 };
 
 // Matrix products like many rows, and each chunk costs launches and another sum over the gradients of the weights: as
-// many rows as the workspace allows, in chunks of about the same size. `unit` rows stay together: an image with GRN,
-// else 1. At least one image, or kLeastRows, where even the parameters leave no room for them; at most `most_rows`, if
-// that is as much as a unit.
-inline int64_t mlp_cuda_chunk_rows(int64_t rows, int64_t unit, const MlpWorkspace& workspace, int64_t most_rows) {
+// many rows as `most_bytes` of workspace allow, in chunks of about the same size. `unit` rows stay together: an image
+// with GRN, else 1. At least one image, or kLeastRows, where even the parameters leave no room for them; at most
+// `most_rows`, if that is as much as a unit.
+inline int64_t mlp_cuda_chunk_rows(int64_t rows, int64_t unit, const MlpWorkspace& workspace, int64_t most_bytes,
+                                   int64_t most_rows) {
   constexpr int64_t kLeastRows = 1024;
   constexpr int64_t kTile = 256;  // of the matrix products, along the rows
-  const int64_t room = std::max<int64_t>(kMaxWorkspaceBytes - workspace.call_bytes, 0);
+  const int64_t room = std::max<int64_t>(most_bytes - workspace.call_bytes, 0);
   const int64_t unit_bytes = unit * workspace.row_bytes + workspace.image_bytes;
   const int64_t wanted = std::max(room / unit_bytes, workspace.image_bytes == 0 ? kLeastRows : 1);
   const int64_t most_units = std::max<int64_t>(std::min(wanted, most_rows / unit), 1);

@@ -44,13 +44,15 @@ struct CudaChunk {
 class CudaMlp : public MlpArguments {
  public:
   // The parameters become dense; those of the matrix products in z's type.
-  CudaMlp(const char* op, const Tensor& z, const MlpParameters& given, const std::string& approximate)
+  CudaMlp(const char* op, const Tensor& z, const MlpParameters& given, const std::string& approximate,
+          int64_t workspace_bytes)
       : MlpArguments(op, check_cuda, z, given),
         parameters(prepared(given)),
         has_grn(parameters.grn_weight.has_value()),
         gelu(gelu_of(op, approximate)),
         element_bytes(z.element_size()),
         sum_bytes(static_cast<int64_t>(type == ScalarType::Double ? sizeof(double) : sizeof(float))),
+        most_bytes(workspace_bytes),
         context(z) {
     if (has_grn && rows_per_sample > kMostChunkRows)
       fail(op, "z", "at most 2^30 rows a sample, which GRN takes at once", std::to_string(rows_per_sample));
@@ -59,7 +61,8 @@ class CudaMlp : public MlpArguments {
   std::vector<CudaChunk> chunks(const MlpWorkspace& workspace) const {
     std::vector<CudaChunk> result;
     if (rows() == 0) return result;
-    const int64_t chunk_rows = mlp_cuda_chunk_rows(rows(), has_grn ? rows_per_sample : 1, workspace, kMostChunkRows);
+    const int64_t chunk_rows =
+        mlp_cuda_chunk_rows(rows(), has_grn ? rows_per_sample : 1, workspace, most_bytes, kMostChunkRows);
     for (int64_t first = 0; first < rows(); first += chunk_rows)
       result.push_back({first, std::min(chunk_rows, rows() - first)});
     return result;
@@ -107,6 +110,7 @@ class CudaMlp : public MlpArguments {
   const Gelu gelu;
   const size_t element_bytes;
   const int64_t sum_bytes;  // of an element of the accumulation type
+  const int64_t most_bytes;
   const CudaContext context;
 
  private:

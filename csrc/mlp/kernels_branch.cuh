@@ -109,8 +109,7 @@ __global__ void __launch_bounds__(kRowPassThreads,
 #pragma unroll
       for (int i = 0; i < kRows; ++i) scale[i] = params.samples.of(row + i * static_cast<int>(blockDim.y));
 #pragma unroll
-      for (int i = 0; i < kRows; ++i)
-        grad[i].load(params.grad, walk.offset + i * walk.row_step, scale[i] != A(0));
+      for (int i = 0; i < kRows; ++i) grad[i].load(params.grad, walk.offset + i * walk.row_step, scale[i] != A(0));
 #pragma unroll
       for (int i = 0; i < kRows; ++i) compute(grad[i], scale[i], walk.offset + i * walk.row_step);
     }

@@ -34,8 +34,9 @@ __global__ void __launch_bounds__(kWeightThreads)
   A scale[1];
   load_parameter(scale, params.layer_scale, channel);
   A dot = 0;
+  const int64_t hidden = params.sums ? params.hidden : 0;
 #pragma unroll 2
-  for (int64_t k = threadIdx.x * kVectorSize; k < params.hidden; k += kWeightThreads * kVectorSize) {
+  for (int64_t k = threadIdx.x * kVectorSize; k < hidden; k += kWeightThreads * kVectorSize) {
     A value[kVectorSize];
     unpack(value, load_streaming<T, kVectorSize>(weight + k));
     Pieces<A, A, kVectorSize> sum;
@@ -56,11 +57,14 @@ __global__ void __launch_bounds__(kWeightThreads)
   if (threadIdx.x != 0) return;
   A total = 0;
   for (int w = 0; w < kWeightThreads / kWarpSize; ++w) total += warps[w];
-  A bias[1];
-  load_parameter(bias, params.bias, channel);
-  const A grad_sum = params.grad_sums[channel];
-  params.grad_scale[channel] = params.bias.data ? total + bias[0] * grad_sum : total;
-  if (params.wants_bias) params.grad_sums[channel] = scale[0] * grad_sum;
+  if (params.grad_sums) {
+    A bias[1];
+    load_parameter(bias, params.bias, channel);
+    const A grad_sum = params.grad_sums[channel];
+    if (params.bias.data) total += bias[0] * grad_sum;
+    if (params.wants_bias) params.grad_sums[channel] = scale[0] * grad_sum;
+  }
+  if (params.grad_scale) params.grad_scale[channel] = total;
 }
 
 template <class A>

@@ -146,15 +146,16 @@ void launch_branch_grad(const char* op, const RowPassPlan& plan, const BranchGra
 
 // --- gradients of weights
 
-// From G = sum over rows of (scale * grad)^T g, the unscaled gradient of W2, and the sums of scale * grad.
+// From G = sum over rows of (scale * grad)^T g, the unscaled gradient of W2, and the sums of scale * grad, of b2.
 template <class T>
 struct LayerScaleParams {
-  const T* weight;              // W2 (channels, hidden), as the branch was computed with it
-  Parameter bias;               // b2 (channels) or absent
-  Parameter layer_scale;        // (channels)
-  Accumulation<T>* sums;        // G (channels, hidden); becomes layer_scale * G, the gradient of W2, where asked for
-  Accumulation<T>* grad_sums;   // (channels): of scale * grad; becomes layer_scale times that, where asked for
-  Accumulation<T>* grad_scale;  // (channels): the gradient of layer scale, sum_k W2 G + b2 * grad_sums
+  const T* weight;             // W2 (channels, hidden), as the branch was computed with it
+  Parameter bias;              // b2 (channels) or absent
+  Parameter layer_scale;       // (channels)
+  Accumulation<T>* sums;       // G (channels, hidden), or null; becomes layer_scale * G, where asked for
+  Accumulation<T>* grad_sums;  // (channels): of scale * grad, or null; becomes layer_scale times that, where asked for
+  Accumulation<T>*
+      grad_scale;  // (channels): the gradient of layer scale, sum_k W2 G + b2 * grad_sums; null: not wanted
   bool wants_weight, wants_bias;
   int64_t hidden;
 };

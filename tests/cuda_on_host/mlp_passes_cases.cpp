@@ -505,13 +505,16 @@ int branch_grad_case(const Options& options) {
 
 // --- gradients of weights
 
-// Options: type, channels, hidden, bias, layer_scale (types), weight, grad_bias (wanted or not), offset.
+// Options: type, channels, hidden, bias, layer_scale (types), weight, grad_bias (wanted or not), offset; sums,
+// grad_sums, grad_scale: given or not.
 template <class T>
 int layer_scale_case(const Options& options) {
   using A = Accumulation<T>;
   const int64_t channels = options.number("channels"), hidden = options.number("hidden");
   const size_t offset = static_cast<size_t>(options.number("offset")), count = static_cast<size_t>(channels * hidden);
   const bool wants_weight = options.number("weight") != 0, wants_bias = options.number("grad_bias") != 0;
+  const bool has_sums = options.number("sums") != 0, has_grads = options.number("grad_sums") != 0;
+  const bool wants_scale = options.number("grad_scale") != 0;
   emu::Buffer<T> weight(count + offset, "weight");
   emu::Buffer<A> given_sums(count, "sums"), given_grads(static_cast<size_t>(channels), "grad_sums");
   harness::fill_normal(weight, 1, 1.0);
@@ -521,33 +524,33 @@ int layer_scale_case(const Options& options) {
   const TestParameter layer_scale(options.text("layer_scale"), static_cast<size_t>(channels), 5, "layer_scale", 1);
   return harness::run_schedules([&] {
     emu::Buffer<A> sums(count, "sums"), grads(static_cast<size_t>(channels), "grad_sums"),
-        grad_scale(static_cast<size_t>(channels), "grad_scale");
+        grad_scale(static_cast<size_t>(wants_scale ? channels : 0), "grad_scale");
     for (size_t i = 0; i < count; ++i) sums[i] = given_sums[i];
     for (size_t i = 0; i < grads.size(); ++i) grads[i] = given_grads[i];
     LayerScaleParams<T> params{};
     params.weight = weight.data() + offset;
     params.bias = bias.parameter();
     params.layer_scale = layer_scale.parameter();
-    params.sums = sums.data();
-    params.grad_sums = grads.data();
-    params.grad_scale = grad_scale.data();
+    params.sums = has_sums ? sums.data() : nullptr;
+    params.grad_sums = has_grads ? grads.data() : nullptr;
+    params.grad_scale = wants_scale ? grad_scale.data() : nullptr;
     params.wants_weight = wants_weight;
     params.wants_bias = wants_bias;
     params.hidden = hidden;
     launch_layer_scale("test", params, channels, offset == 0, nullptr);
     Outcome outcome;
     for (size_t j = 0; j < grads.size(); ++j) {
-      double dot = bias[j] * given_grads[j], size = std::fabs(dot);
+      double dot = has_grads ? bias[j] * given_grads[j] : 0, size = std::fabs(dot);
       for (int64_t k = 0; k < hidden; ++k) {
         const size_t i = j * static_cast<size_t>(hidden) + static_cast<size_t>(k);
-        const double term = harness::to_double(weight[i + offset]) * given_sums[i];
+        const double term = has_sums ? harness::to_double(weight[i + offset]) * given_sums[i] : 0;
         dot += term;
         size += std::fabs(term);
-        const double scale = wants_weight ? layer_scale[j] : 1;
+        const double scale = wants_weight && has_sums ? layer_scale[j] : 1;
         outcome.check("sums", i, sums[i], scale * given_sums[i], 3 * kUnit<A> * std::fabs(scale * given_sums[i]));
       }
-      outcome.check("grad_scale", j, grad_scale[j], dot, 40 * kUnit<A> * size);
-      const double scale = wants_bias ? layer_scale[j] : 1;
+      if (wants_scale) outcome.check("grad_scale", j, grad_scale[j], dot, 40 * kUnit<A> * size);
+      const double scale = wants_bias && has_grads ? layer_scale[j] : 1;
       outcome.check("grad_sums", j, grads[j], scale * given_grads[j], 3 * kUnit<A> * std::fabs(scale * given_grads[j]));
     }
     outcome.keep(sums);
@@ -623,7 +626,7 @@ int passes_plan_case(const Options&) {
     const bool grn = i % 2;
     const int64_t unit = grn ? size(20) : 1, units = size(grn ? 16 : 36), rows = unit * units;
     const MlpWorkspace workspace{size(16), grn ? size(20) : 0, i % 3 ? size(26) : size(32)};
-    const int64_t most = int64_t{1} << 30, chunk = mlp_cuda_chunk_rows(rows, unit, workspace, most);
+    const int64_t most = int64_t{1} << 30, chunk = mlp_cuda_chunk_rows(rows, unit, workspace, kMaxWorkspaceBytes, most);
     const int64_t bytes = workspace.call_bytes + chunk * workspace.row_bytes + chunk / unit * workspace.image_bytes;
     const bool bounded = bytes <= kMaxWorkspaceBytes || chunk == unit || (!grn && chunk <= 1024);
     if (chunk < 1 || chunk % unit != 0 || chunk > most || !bounded || (chunk > rows && chunk > unit))

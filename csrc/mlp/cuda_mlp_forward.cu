@@ -1,8 +1,8 @@
-// layer_norm_mlp on CUDA: the passes around PyTorch's matrix products. Included by cuda_mlp.cu alone.
-#pragma once
+// layer_norm_mlp on CUDA tensors: the passes around PyTorch's matrix products.
 #include "mlp/cuda_mlp.cuh"
 
 namespace convnext_kernels {
+namespace {
 
 // Per chunk: the normalised rows, h = a W1^T + b1, g = GELU(h) (with GRN: the sums of h's images, their factors, and
 // then GELU and GRN in one), g W2^T + b2, and the residual.
@@ -139,4 +139,30 @@ class CudaMlpForward {
   OptionalTensor squares_, factors_;  // of GRN
 };
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_mlp(
+    const Tensor& z, const OptionalTensor& residual, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
+    const Tensor& fc1_weight, const OptionalTensor& fc1_bias, const OptionalTensor& grn_weight,
+    const OptionalTensor& grn_bias, const Tensor& fc2_weight, const OptionalTensor& fc2_bias,
+    const OptionalTensor& layer_scale, const OptionalTensor& sample_scale, double eps, const std::string& approximate,
+    ScalarType out_dtype, bool keep_hidden) {
+  const CudaMlp mlp("layer_norm_mlp", z,
+                    {norm_weight, norm_bias, fc1_weight, fc1_bias, grn_weight, grn_bias, fc2_weight, fc2_bias,
+                     layer_scale, sample_scale},
+                    approximate, kMaxWorkspaceBytes);
+  mlp.check_forward(residual, out_dtype);
+  const ScalarType y_type = accumulation_type(out_dtype) == mlp.accumulation ? out_dtype : mlp.accumulation;
+  std::tuple<Tensor, Tensor, Tensor, Tensor> results;
+  dispatch_element(mlp.type, [&](auto element) {
+    CudaMlpForward<decltype(element)> forward(mlp, z, residual, eps, y_type, keep_hidden);
+    forward.run();
+    results = forward.results(out_dtype);
+  });
+  return results;
+}
+
+}  // namespace
 }  // namespace convnext_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(convnext_kernels, CUDA, m) {
+  m.impl("layer_norm_mlp", TORCH_BOX(&convnext_kernels::layer_norm_mlp));
+}

@@ -1,9 +1,9 @@
-// The backward of layer_norm_mlp on CUDA. Included by cuda_mlp.cu alone.
-#pragma once
+// The backward of layer_norm_mlp on CUDA tensors.
 #include "common/column_sum.cuh"
 #include "mlp/cuda_mlp.cuh"
 
 namespace convnext_kernels {
+namespace {
 
 // Per chunk: the normalised rows a, h = a W1^T + b1, then from the output back
 //   branch = scale * layer_scale * grad,  dg = branch W2,  g and dh = dg * gelu'(h) in place of h and dg,
@@ -29,7 +29,8 @@ class CudaMlpBackward {
         kept_(kept),
         has_kept_(MlpArguments::has_kept(kept)),
         wants_(p_, output_mask, true),
-        wants_branch_(wants_.grad_activated || (wants_.branch_grad && !wants_.by_weights)),
+        wants_unscaled_(p_.layer_scale && (wants_.activated || wants_(kGradFc2Bias))),
+        wants_branch_(wants_.grad_activated || (wants_.branch_grad && !wants_unscaled_)),
         wants_normalised_(wants_(kGradFc1Weight) || (!has_kept_ && (wants_.grad_hidden || wants_.activated ||
                                                                     wants_(kGradGrnWeight) || wants_(kGradGrnBias)))),
         results_(allocate_gradients(mlp, wants_, [&](MlpGradient) { return mlp.rows() == 0; })) {}
@@ -39,13 +40,13 @@ class CudaMlpBackward {
     if (chunks.empty()) return results_;
     allocate_workspace(chunks);
     for (const CudaChunk& chunk : chunks) run_chunk(chunk);
-    if (wants_.by_weights) finish_layer_scale();
+    if (wants_unscaled_) finish_layer_scale();
     return results_;
   }
 
  private:
   bool aligned_hidden() const { return !has_kept_ || is_vector_aligned(kept_); }
-  bool has_branch_sums() const { return wants_(kGradFc2Bias) || (wants_.by_weights && p_.fc2_bias); }
+  bool has_branch_sums() const { return wants_(kGradFc2Bias) || (wants_(kGradLayerScale) && p_.fc2_bias); }
 
   LayerNormPlan plan_norm(int64_t rows) const {
     const bool aligned = is_vector_aligned(z_);  // the others are our own
@@ -59,8 +60,8 @@ class CudaMlpBackward {
   MlpWorkspace workspace() const {
     const int64_t c = mlp_.channels, k = mlp_.hidden;
     MlpWorkspace bytes;
-    bytes.row_bytes = ((2 + wants_.by_weights) * c + 2 * k) * static_cast<int64_t>(mlp_.element_bytes);
-    bytes.call_bytes = (1 + wants_.by_weights) * c * k + 2 * c * plan_norm(kMostChunkRows).partial_rows() +
+    bytes.row_bytes = ((2 + wants_unscaled_) * c + 2 * k) * static_cast<int64_t>(mlp_.element_bytes);
+    bytes.call_bytes = (1 + wants_(kGradLayerScale)) * c * k + 2 * c * plan_norm(kMostChunkRows).partial_rows() +
                        c * plan_branch(kMostChunkRows).row_blocks +
                        k * mlp_.most_hidden_partials(RowPass::kActivationBackward);
     if (mlp_.has_grn) bytes.call_bytes += 3 * k * mlp_.most_hidden_partials(RowPass::kGrnBackwardSums);
@@ -91,7 +92,7 @@ class CudaMlpBackward {
     }
     normalised_ = workspace_where(wants_normalised_, rows, c);
     branch_ = workspace_where(wants_branch_ || wants_.norm, rows, c);
-    unscaled_ = workspace_where(wants_.by_weights, rows, c);
+    unscaled_ = workspace_where(wants_unscaled_, rows, c);
     hidden_ = workspace_where(!has_kept_ || wants_.activated, rows, k);
     grad_hidden_ = workspace_where(wants_.grad_activated, rows, k);
     norm_weight_partials_ = sums_where(wants_(kGradNormWeight), norm_parts, c);
@@ -106,8 +107,7 @@ class CudaMlpBackward {
       feedback_ = sums_where(wants_.grad_activated, images, k);
       grn_weight_partials_ = sums_where(wants_.grad_activated, images, k);
     }
-    if (wants_(kGradFc2Weight) || wants_.by_weights)
-      fc2_sum_ = wants_(kGradFc2Weight) ? results_[kGradFc2Weight] : mlp_.sums(c, k);
+    if (wants_.activated) fc2_sum_ = wants_(kGradFc2Weight) ? results_[kGradFc2Weight] : mlp_.sums(c, k);
     if (has_branch_sums())
       branch_total_ = wants_(kGradFc2Bias) ? results_[kGradFc2Bias] : empty(z_, {c}, mlp_.accumulation);
     if (chunks.size() > 1 && (fc2_sum_ || wants_(kGradFc1Weight))) product_ = empty(z_, {c * k}, mlp_.accumulation);
@@ -278,7 +278,7 @@ class CudaMlpBackward {
     params.layer_scale = as_parameter(p_.layer_scale);
     params.sums = data_of<A>(fc2_sum_);
     params.grad_sums = data_of<A>(branch_total_);
-    params.grad_scale = data_of<A>(results_[kGradLayerScale]);
+    if (wants_(kGradLayerScale)) params.grad_scale = data_of<A>(results_[kGradLayerScale]);
     params.wants_weight = wants_(kGradFc2Weight);
     params.wants_bias = wants_(kGradFc2Bias);
     params.hidden = mlp_.hidden;
@@ -290,7 +290,7 @@ class CudaMlpBackward {
   const Tensor &grad_, &z_, &mean_, &rstd_, &kept_;
   const bool has_kept_;
   const MlpWanted wants_;
-  const bool wants_branch_, wants_normalised_;
+  const bool wants_unscaled_, wants_branch_, wants_normalised_;
   const std::vector<Tensor> results_;
 
   OptionalTensor normalised_, branch_, unscaled_;  // (rows of a chunk, channels)
@@ -301,4 +301,30 @@ class CudaMlpBackward {
   OptionalTensor fc2_sum_, branch_total_, product_;
 };
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_mlp_backward(
+    const Tensor& grad, const Tensor& z, const Tensor& mean, const Tensor& rstd, const Tensor& hidden,
+    const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, const Tensor& fc1_weight,
+    const OptionalTensor& fc1_bias, const OptionalTensor& grn_weight, const OptionalTensor& grn_bias,
+    const Tensor& fc2_weight, const OptionalTensor& fc2_bias, const OptionalTensor& layer_scale,
+    const OptionalTensor& sample_scale, const std::string& approximate, int64_t output_mask) {
+  const CudaMlp mlp("layer_norm_mlp_backward", z,
+                    {norm_weight, norm_bias, fc1_weight, fc1_bias, grn_weight, grn_bias, fc2_weight, fc2_bias,
+                     layer_scale, sample_scale},
+                    approximate, kMaxWorkspaceBytes);
+  mlp.check_backward(grad, mean, rstd, hidden, output_mask);
+  const bool same = accumulation_type(grad.scalar_type()) == mlp.accumulation;
+  const Tensor used_grad = same ? grad : torch::stable::to(detach(grad), mlp.accumulation);
+  std::vector<Tensor> r;
+  dispatch_element(mlp.type, [&](auto element) {
+    r = CudaMlpBackward<decltype(element)>(mlp, used_grad, z, mean, rstd, hidden, output_mask).run();
+  });
+  return {r[kGradZ],         r[kGradNormWeight], r[kGradNormBias],  r[kGradFc1Weight], r[kGradFc1Bias],
+          r[kGradGrnWeight], r[kGradGrnBias],    r[kGradFc2Weight], r[kGradFc2Bias],   r[kGradLayerScale]};
+}
+
+}  // namespace
 }  // namespace convnext_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(convnext_kernels, CUDA, m) {
+  m.impl("layer_norm_mlp_backward", TORCH_BOX(&convnext_kernels::layer_norm_mlp_backward));
+}
