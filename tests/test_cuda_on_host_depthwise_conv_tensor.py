@@ -1,6 +1,6 @@
 """Version 2 of the depthwise convolution's CUDA kernels, on the tensor cores, executed on the CPU (see
-test_cuda_on_host.py): forward and the gradient of the input against plain loops in double, in four schedules with the
-same bits.
+test_cuda_on_host.py): forward and the gradients of the input and of the weights against plain loops in double, in four
+schedules with the same bits.
 """
 
 import pytest
@@ -11,7 +11,7 @@ from cuda_programs import check, run
 PROGRAM = "depthwise_conv"
 DTYPES = ["bfloat16", "half"]
 PARAMETERS = ["float", "bfloat16", "half", "double"]
-OPERATORS = ["forward", "input_grad"]
+OPERATORS = ["forward", "input_grad", "weight_grad"]
 
 # (n, c, h, w): the stages of a ConvNeXt at 224 and 384 pixels, several images in a patch and a patch that is not full,
 # patches cut short on both sides, halos on both sides, every number of blocks and segments, channels of half a chunk,
@@ -43,6 +43,8 @@ def options_of(operator, shape, dtype, number):
     options |= {"drop": number % 4 - 1, "expect": "tensor", "version": "tensor"}
     # Blocks that begin anywhere in an image, and patches of eight segments and of fewer.
     options |= {"multiprocessors": 1 + number % 3, "shared": [163, 99, 48][number % 3]}
+    if operator == "weight_grad":
+        return "weight_gradient", options
     options |= {"result": result, "residual": residual, "transposed": int(operator == "input_grad"), "extra": 0}
     bias = "none" if operator == "input_grad" or number % 5 == 0 else PARAMETERS[(number + 1) % 4]
     return "convolution", options | {"weight": PARAMETERS[number % 4], "bias": bias, "nan": -1}
@@ -96,6 +98,7 @@ def mutant(file, old, new):
 
 
 CONVOLUTION, SHARED = "kernels_tensor_convolution.cuh", "kernels_tensor.cuh"
+WEIGHT_GRADIENT = "kernels_tensor_weight_gradient.cuh"
 SMALL, ROWS = (3, 8, 7, 7), (1, 8, 70, 33)
 
 DEFECTS = {
@@ -203,6 +206,70 @@ DEFECTS = {
         "forward",
         (40, 8, 7, 7),
         "wrong values, first y",
+    ),
+    "gradient-barrier-before-wait": (
+        WEIGHT_GRADIENT,
+        "    copy_async_wait<0>();\n    __syncthreads();  // the copies",
+        "    __syncthreads();\n    copy_async_wait<0>();  // the copies",
+        "weight_grad",
+        SMALL,
+        "race: ",
+    ),
+    "gradient-planes-not-awaited": (
+        WEIGHT_GRADIENT,
+        "    __syncthreads();  // the planes are here, and nobody reads the copies any more\n",
+        "",
+        "weight_grad",
+        SMALL,
+        "race: ",
+    ),
+    "gradient-segments-counted-twice": (
+        WEIGHT_GRADIENT,
+        "matrix[i] &= exists;",
+        "matrix[i] &= exists | ~0u;",
+        "weight_grad",
+        SMALL,
+        "wrong values, first grad_weight",
+    ),
+    "gradient-rows-of-two-segments": (
+        WEIGHT_GRADIENT,
+        "(apart ? second : 0)",
+        "(apart ? 0 : 0)",
+        "weight_grad",
+        SMALL,
+        "wrong values, first grad_weight",
+    ),
+    "gradient-second-block-left-out": (
+        WEIGHT_GRADIENT,
+        "multiply_add<T>(sums[q][1], gradient[step], next);",
+        "multiply_add<T>(sums[q][1], gradient[step], first);",
+        "weight_grad",
+        SMALL,
+        "wrong values, first grad_weight",
+    ),
+    "gradient-sums-not-awaited": (
+        WEIGHT_GRADIENT,
+        "    __syncwarp();\n    if (lane < kSize) {",
+        "    if (lane < kSize) {",
+        "weight_grad",
+        SMALL,
+        "race: read after write: shared piece 0",
+    ),
+    "gradient-one-diagonal-aside": (
+        WEIGHT_GRADIENT,
+        "scratch[column * kRow + column + lane]",
+        "scratch[column * kRow + column + lane + 1]",
+        "weight_grad",
+        SMALL,
+        "wrong values, first grad_weight",
+    ),
+    "gradient-bias-without-second-rows": (
+        WEIGHT_GRADIENT,
+        "float sum = bias[0] + bias[2];",
+        "float sum = bias[0];",
+        "weight_grad",
+        SMALL,
+        "wrong values, first grad_bias",
     ),
 }
 

@@ -191,9 +191,10 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_weight_grad(const Tensor& grad, cons
   const CudaContext context(x);
   const ScalarType type = accumulation_type(x.scalar_type());
   const std::vector<int64_t> weight_shape = {shape.channels, 1, kernel_size, kernel_size};
-  const WeightGradientLaunch plan = plan_weight_gradient(
-      shape, result_shape.height, static_cast<int>(kernel_size), static_cast<int>(stride),
-      static_cast<int64_t>(x.element_size()), is_vector_aligned(x) && is_vector_aligned(grad), context.chip());
+  const WeightGradientLaunch plan =
+      plan_weight_gradient(shape, result_shape.height, static_cast<int>(kernel_size), static_cast<int>(stride),
+                           static_cast<int64_t>(x.element_size()), is_vector_aligned(x) && is_vector_aligned(grad),
+                           context.chip(), asked_version(kOp));
   if (plan.partial_rows() == 0) return {zeros(x, weight_shape, type), zeros(x, {shape.channels}, type)};
   const Tensor grad_weight = empty(x, weight_shape, type), grad_bias = empty(x, {shape.channels}, type);
   const Tensor partials = empty(x, {plan.partial_rows(), kernel_size * kernel_size + 1, shape.channels}, type);

@@ -83,6 +83,7 @@ __device__ __forceinline__ void copy_window(uint4* to, const T* from, const Imag
     const T* const at =
         from + (((sample + image) * shape.height + window.top + row) * shape.width + window.left) * shape.channels +
         first_channel;
+#pragma unroll 1  // the weights' gradient has no registers to spare
     for (int k = lane; k < items; k += kLanes) {
       const int column = k / kPixelUnits, half = k % kPixelUnits;
       if (first_channel + half * kHalfChannels >= shape.channels) continue;

@@ -261,9 +261,8 @@ __global__ void __launch_bounds__(kTensorConvolutionWarps* kWarpSize, 2)
   constexpr int kCopyLanes = kBlocks == 1 ? 16 : 32;  // a row of 8 columns is 16 copies
   const TensorPlan& plan = params.plan;
   const Images& shape = params.shape;
-  int64_t left = plan.first_patch(blockIdx.y);
-  Patch patch(plan, left);
-  left = plan.first_patch(blockIdx.y + 1) - left;
+  Patch patch(plan, plan.first_patch(blockIdx.y));
+  int left = static_cast<int>(plan.first_patch(blockIdx.y + 1) - plan.first_patch(blockIdx.y));
 
   SharedMemory shared;
   uint4* const planes = shared.take<uint4>(plan.plane_set_units());

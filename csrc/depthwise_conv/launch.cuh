@@ -34,7 +34,8 @@ ConvolutionLaunch plan_convolution(const Images& shape, int kernel_size, int str
   if (!plan.tuned || !kHasTensorKernel<T, R> || version == Version::kFma) return plan;
   const TensorPlan tensor =
       plan_tensor(Kind::kConvolution, shape.samples, shape.channels, shape.height, shape.width, residual ? 4 : 2, chip);
-  if (version == Version::kTensor || prefers_tensor(tensor, shape.height, shape.width, chip)) plan.tensor = tensor;
+  if (version == Version::kTensor || prefers_tensor(Kind::kConvolution, tensor, shape.height, shape.width, chip))
+    plan.tensor = tensor;
   return plan;
 }
 
@@ -77,24 +78,35 @@ void launch_convolution(const char* op, SimpleConvolutionParams<T, R> params, bo
 
 struct WeightGradientLaunch {
   bool tuned = false;
+  TensorPlan tensor;  // of a tuned one; exists if it is version 2
   TilePlan tiles;
   SimplePlan simple;
 
   // Rows of (kernel_size^2 + 1) * channels elements in the workspace; 0: there is nothing to launch.
-  int64_t partial_rows() const { return tuned ? tiles.row_blocks : simple.row_blocks; }
+  int64_t partial_rows() const {
+    return !tuned ? simple.row_blocks : tensor.exists() ? tensor.row_blocks : tiles.row_blocks;
+  }
+  const char* name() const { return !tuned ? "simple" : tensor.exists() ? "tensor" : "fma"; }
 };
 
-// `shape` of x; `aligned`: x and grad begin at multiples of 16 bytes.
+// `shape` of x; `aligned`: x and grad begin at multiples of 16 bytes. Of versions see plan_convolution.
 inline WeightGradientLaunch plan_weight_gradient(const Images& shape, int result_height, int kernel_size, int stride,
-                                                 int64_t element_bytes, bool aligned, const Chip& chip) {
+                                                 int64_t element_bytes, bool aligned, const Chip& chip,
+                                                 Version version = Version::kChosen) {
+  constexpr Kind kKind = Kind::kWeightGradient;
   WeightGradientLaunch plan;
   plan.tuned = is_tuned(kernel_size, stride, shape.channels, element_bytes, aligned);
-  if (plan.tuned) {
-    plan.tiles = plan_tiles(Kind::kWeightGradient, shape.samples, shape.channels, shape.height, shape.width,
-                            element_bytes, chip);
-  } else {
+  if (!plan.tuned) {
     plan.simple = plan_simple(shape.samples, shape.channels, result_height, chip);
+    return plan;
   }
+  if (element_bytes == 2 && version != Version::kFma) {
+    const TensorPlan tensor = plan_tensor(kKind, shape.samples, shape.channels, shape.height, shape.width, 2, chip);
+    if (version == Version::kTensor || prefers_tensor(kKind, tensor, shape.height, shape.width, chip))
+      plan.tensor = tensor;
+  }
+  if (!plan.tensor.exists())
+    plan.tiles = plan_tiles(kKind, shape.samples, shape.channels, shape.height, shape.width, element_bytes, chip);
   return plan;
 }
 
@@ -103,20 +115,25 @@ template <class T>
 void launch_weight_gradient(const char* op, const WeightGradientLaunch& plan, SimpleWeightGradientParams<T> params,
                             Accumulation<T>* grad_weight, Accumulation<T>* grad_bias, cudaStream_t stream) {
   if (plan.partial_rows() == 0) return;
-  const auto simple = [&] {
+  const auto launch_first_half = [&] {
+    if constexpr (sizeof(T) == 2) {
+      if (plan.tensor.exists())
+        return launch_tensor_weight_gradient(op,
+                                             TensorWeightGradientParams<T>{params.grad, params.x, params.sample_scale,
+                                                                           params.partials, params.shape, plan.tensor},
+                                             stream);
+    }
+    if constexpr (!std::is_same_v<T, double>) {
+      if (plan.tuned)
+        return launch_tuned_weight_gradient(op,
+                                            WeightGradientParams<T>{params.grad, params.x, params.sample_scale,
+                                                                    params.partials, params.shape, plan.tiles},
+                                            stream);
+    }
     params.plan = plan.simple;
     launch_simple_weight_gradient(op, params, stream);
   };
-  if constexpr (std::is_same_v<T, double>) {
-    simple();
-  } else if (plan.tuned) {
-    launch_tuned_weight_gradient(
-        op,
-        WeightGradientParams<T>{params.grad, params.x, params.sample_scale, params.partials, params.shape, plan.tiles},
-        stream);
-  } else {
-    simple();
-  }
+  launch_first_half();
   launch_sum_partials(op, params.partials, grad_weight, grad_bias, plan.partial_rows(),
                       params.kernel_size * params.kernel_size, params.shape.channels, stream);
 }

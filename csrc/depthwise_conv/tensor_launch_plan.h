@@ -12,6 +12,7 @@ constexpr int kUnitBytes = 16;                      // shared memory is counted 
 constexpr int kHaloRows = 2 * kPadding;             // of a patch
 constexpr int kTensorConvolutionWarps = 8;          // of a block, two of which are resident: 128 registers a thread
 constexpr int kTensorGradientWarps = kTensorChunk;  // a warp keeps the sums of one channel from first to last
+constexpr int kSumUnits = 34;                       // at least, of a plane: 8 x 17 sums take its place at the end
 constexpr int kTableWords = 8;                      // of a row of weights: pairs (-1, 0), (0, 1), ..., (6, 7)
 
 // A patch is what a block works on at a time: rows x columns results of 16 channels in each of `images` images. Its
@@ -119,6 +120,7 @@ constexpr TensorPlan plan_patches(Kind kind, int64_t samples, int height, int wi
     plan.plane_units = larger(plan.plane_units, result_units);
     plan.shared_bytes = padded_to_piece(int64_t{4} * kTensorChunk * kSize * kTableWords);
   } else {
+    plan.plane_units = larger(plan.plane_units, kSumUnits);
     plan.grad_rows = smaller(plan.rows, height);
     plan.grad_pairs = static_cast<int>(divide_up(plan.columns, 2));
     plan.grad_image_units = choose_image_units(row_units(plan.rows - 1, blocks, segment_rows) + blocks, plan.images,
@@ -155,32 +157,33 @@ constexpr TensorPlan plan_tensor(Kind kind, int64_t samples, int64_t channels, i
 // Whose choice: the plan's, or a test's or benchmark's.
 enum class Version { kChosen, kFma, kTensor };
 
-// Cycles of a multiprocessor for 128 results, on the unit that is busiest, of what each version does besides reading
-// and writing memory (kernels_convolution.cuh, kernels_tensor_convolution.cuh). Not measured: counted.
+// Cycles of a multiprocessor for 128 elements of the result, or of the output's gradient, that each version takes
+// besides reading and writing memory, as the kernels' files count them. Not measured.
 struct VersionCosts {
   double fma, tensor;
 };
 
-constexpr VersionCosts count_costs(const TensorPlan& plan, int height, int width, const Chip& chip) {
-  // Version 1: 49 FMA a result, of seven columns at a time; four instructions in five are FMA. A multiprocessor has
+constexpr VersionCosts count_costs(Kind kind, const TensorPlan& plan, int height, int width, const Chip& chip) {
+  // Version 1: 49 FMA an element, of seven columns at a time; four instructions in five are FMA. A multiprocessor has
   // 128 lanes for them, 64 on sm_80, whose 164 KiB of shared memory tell it from the others.
   const double lanes = chip.shared_bytes_per_multiprocessor == 164 * 1024 ? 64 : 128;
-  const double fma = 49 * 128 / lanes / 0.8 * (divide_up(width, kStrip) * kStrip) / width;
-  // Version 2: eight mma of two cycles each for 128 results, of which those outside the image are in vain; or 22 times
-  // 128 bytes to or from shared memory. Both are of the same size; the sum is what the slower of two would hide.
-  const int64_t slots =
-      int64_t{plan.row_patches} * plan.column_patches * kSegments * plan.segment_rows() * plan.blocks * kBlockColumns;
-  const double used = static_cast<double>(plan.images) * height * width / static_cast<double>(slots);
-  return {fma, std::max(8 * 2.0, 22.0) / used};
+  const double fma = 49 * 128 / lanes / 0.8 * static_cast<double>(divide_up(width, kStrip) * kStrip) / width;
+  // Version 2, for 128 places of a patch: those outside the image are in vain. Convolution: 8 mma of up to 2 cycles, or
+  // 17 times 128 bytes of shared memory, whichever is more; the gradient: 8.5 mma, and 24 times 128 bytes, one after
+  // the other.
+  const double places =
+      1.0 * plan.row_patches * plan.column_patches * kSegments * plan.segment_rows() * plan.blocks * kBlockColumns;
+  const double used = static_cast<double>(plan.images) * height * width / places;
+  return {fma, (kind == Kind::kConvolution ? 17 : 41) / used};
 }
 
 // Version 2 pays where arithmetic, and not memory, is what version 1 waits for: on the chips with HBM (sm_80, 90, 100;
 // 164 KiB of shared memory and more tell them from the others), which deliver 10 (A100) to 24 (B200) bytes a cycle to a
 // multiprocessor; a result takes 4 (pure 16-bit modes), so 128 of them 21 to 51 cycles, and version 1 61 (sm_80: 122).
 // With GDDR they take 200 cycles and more, which version 1 hides, and its weights stay in fp32.
-constexpr bool prefers_tensor(const TensorPlan& plan, int height, int width, const Chip& chip) {
+constexpr bool prefers_tensor(Kind kind, const TensorPlan& plan, int height, int width, const Chip& chip) {
   if (!plan.exists() || chip.shared_bytes_per_multiprocessor < 164 * 1024) return false;
-  const VersionCosts costs = count_costs(plan, height, width, chip);
+  const VersionCosts costs = count_costs(kind, plan, height, width, chip);
   return costs.tensor < costs.fma;
 }
 

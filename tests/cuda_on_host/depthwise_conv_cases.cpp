@@ -1,5 +1,6 @@
 // The depthwise convolution and its gradients against plain loops in double, and the plans' promises.
 #include "depthwise_conv/kernels_tensor_convolution.cuh"
+#include "depthwise_conv/kernels_tensor_weight_gradient.cuh"
 #include "depthwise_conv/launch.cuh"
 #include "harness.h"
 
@@ -186,8 +187,8 @@ int weight_gradient_case(const Options& options) {
   const int size = problem.kernel_size, taps = size * size, padding = size / 2, stride = problem.stride;
   const int height = (shape.height - 1) / stride + 1, width = (shape.width - 1) / stride + 1;
   const WeightGradientLaunch plan =
-      plan_weight_gradient(shape, height, size, stride, sizeof(T), problem.aligned, problem.chip);
-  expect_kernel(options, plan.tuned ? "fma" : "simple");
+      plan_weight_gradient(shape, height, size, stride, sizeof(T), problem.aligned, problem.chip, problem.version);
+  expect_kernel(options, plan.name());
 
   emu::Buffer<T> x(problem.elements(shape.height, shape.width), "x"), grad(problem.elements(height, width), "grad");
   problem.fill(x, 1);
@@ -397,12 +398,17 @@ int tensor_plan_case(const Options&) {
   for (const int architecture : {80, 86, 89, 90, 100, 120}) {
     const Chip chip = chip_of_architecture(architecture);
     const bool has_hbm = architecture == 80 || architecture == 90 || architecture == 100;
-    for (const int size : {56, 28, 14, 7, 96, 48, 24, 12})
-      for (const int staged_bytes : {2, 4})
-        require(prefers_tensor(plan_tensor(Kind::kConvolution, 128, 96, size, size, staged_bytes, chip), size, size,
-                               chip) == has_hbm,
-                "the version of a stage");
-    require(!prefers_tensor(plan_tensor(Kind::kConvolution, 1, 96, 1, 1, 2, chip), 1, 1, chip), "a single pixel");
+    const auto prefers = [&](Kind kind, int64_t samples, int size, int staged_bytes) {
+      return prefers_tensor(kind, plan_tensor(kind, samples, 96, size, size, staged_bytes, chip), size, size, chip);
+    };
+    for (const int size : {56, 28, 14, 7}) {
+      require(prefers(Kind::kConvolution, 128, size, 2) == has_hbm, "the version of a stage");
+      require(prefers(Kind::kConvolution, 128, size, 4) == has_hbm, "the version of a stage with a residual");
+      require(prefers(Kind::kWeightGradient, 128, size, 2) == has_hbm, "the version of a stage's weights");
+    }
+    for (const int size : {96, 48, 24, 12})
+      require(prefers(Kind::kConvolution, 128, size, 2) == has_hbm, "the version of a stage at 384 pixels");
+    require(!prefers(Kind::kConvolution, 1, 1, 2), "a single pixel");
   }
   return 0;
 }
