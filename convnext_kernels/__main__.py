@@ -1,4 +1,4 @@
-"""The command line: ``convnext-kernels info | verify | bench``, or ``python -m convnext_kernels``."""
+"""The command line: ``convnext-kernels info | verify | bench | tune``, or ``python -m convnext_kernels``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 # Importing the package loads the compiled libraries, or ends with one line where there are none.
 from . import __version__, native
-from .cli import bench, info, verify
+from .cli import bench, info, tune, verify
 
 
 def parser() -> argparse.ArgumentParser:
@@ -19,8 +19,8 @@ def parser() -> argparse.ArgumentParser:
         description="Fused ConvNeXt blocks for PyTorch: what runs here, whether it is right, and how fast it is.",
     )
     top.add_argument("--version", action="version", version=f"convnext-kernels {__version__}")
-    commands = top.add_subparsers(title="commands", metavar="{info,verify,bench}", required=True)
-    for command in (info, verify, bench):
+    commands = top.add_subparsers(title="commands", metavar="{info,verify,bench,tune}", required=True)
+    for command in (info, verify, bench, tune):
         command.add_parser(commands)
     return top
 

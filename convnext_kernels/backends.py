@@ -41,7 +41,7 @@ from torch import Tensor
 
 from . import native, reference_backend
 
-__all__ = ["BACKENDS", "OPERATORS", "Choice", "choose", "current", "describe", "use"]
+__all__ = ["BACKENDS", "OPERATORS", "Choice", "RefusedError", "choose", "current", "describe", "use"]
 
 logger = logging.getLogger("convnext_kernels")
 
@@ -116,7 +116,7 @@ def _triton_kernels() -> ModuleType | str:
 
 
 @functools.cache
-def _no_triton_on(device: torch.device) -> str:
+def triton_reason(device: torch.device) -> str:
     """Why no Triton kernel runs on a device, whatever the arguments; empty where they do."""
     kernels = _triton_kernels()
     if isinstance(kernels, str):
@@ -133,7 +133,7 @@ def _why_not(backend: str, operator: str, device: torch.device, arguments: tuple
     if backend == "reference":
         return ""
     if backend == "triton":
-        reason = _no_triton_on(device)
+        reason = triton_reason(device)
         if not reason:
             kernels = _triton_kernels()
             if operator not in kernels.OPERATORS:
@@ -156,6 +156,10 @@ def _preferences(operator: str, device_type: str) -> tuple[str, ...]:
     return ("cpu", "reference") if device_type == "cpu" else ("reference",)
 
 
+class RefusedError(RuntimeError):
+    """A forced backend cannot run an operator. Raised before anything has run."""
+
+
 class Choice(NamedTuple):
     """What runs an operator, and why."""
 
@@ -171,7 +175,7 @@ def _choose(operator: str, forced: str, device: torch.device, arguments: tuple[A
     if forced != "auto":
         reason = _why_not(forced, operator, device, arguments)
         if reason:
-            raise RuntimeError(
+            raise RefusedError(
                 f"convnext_kernels::{operator}: backend '{forced}' is forced, but {reason}{_got(operator, arguments)}"
             )
         return Choice(operator, forced, "forced")
@@ -205,14 +209,28 @@ def choose(operator: str, device: str | torch.device, forced: str | None = None)
         forced: a backend; by default :func:`current`.
 
     Raises:
-        RuntimeError: the forced backend cannot run it.
+        RefusedError: the forced backend cannot run it.
     """
     return _choose(operator, forced or _forced, torch.device(device))
 
 
 def describe(device: str | torch.device) -> list[Choice]:
-    """For every operator, which backend runs it on a device and why."""
-    return [choose(operator, device) for operator in OPERATORS]
+    """For every operator, which backend runs it on a device and why; 'none' where the forced one cannot."""
+    return [_describe(operator, torch.device(device)) for operator in OPERATORS]
+
+
+def _describe(operator: str, device: torch.device) -> Choice:
+    try:
+        choice = _choose(operator, _forced, device)
+    except RefusedError as error:
+        return Choice(operator, "none", str(error).partition(": ")[2])
+    if choice.backend == "triton" and _forced == "auto":
+        preferences = _preferences(operator, device.type)
+        others = preferences[preferences.index("triton") + 1 :]
+        second = next(backend for backend in others if not _why_not(backend, operator, device, ()))
+        what = "fp64, or C or K no multiple of 8" if operator in _FC1_WEIGHT else "fp64"
+        return choice._replace(reason=f"{choice.reason}; for {what}: {second}")
+    return choice
 
 
 @functools.cache

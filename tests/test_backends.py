@@ -259,13 +259,13 @@ def test_triton_refuses_cpu_tensors_outside_the_interpreter():
 
 def test_without_triton_the_reason_is_given(monkeypatch):
     monkeypatch.setattr(backends, "_triton_kernels", lambda: "Triton cannot be imported (No module named 'triton')")
-    backends._no_triton_on.cache_clear()
+    backends.triton_reason.cache_clear()
     try:
         with ck.use_backend("triton"), pytest.raises(RuntimeError, match="Triton cannot be imported"):
             ck.layer_norm(torch.randn(2, 4))
         assert ck.bias_gelu(torch.randn(2, 4)).shape == (2, 4)
     finally:
-        backends._no_triton_on.cache_clear()
+        backends.triton_reason.cache_clear()
 
 
 def test_the_package_imports_without_triton():
@@ -303,14 +303,14 @@ class Gpu:
         return self.refused.get(operator)
 
     def __call__(self, operator, *arguments, forced="auto"):
-        backends._no_triton_on.cache_clear()
+        backends.triton_reason.cache_clear()
         return backends._choose(operator, forced, torch.device("cuda", 0), arguments)
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     yield Gpu(monkeypatch)
-    backends._no_triton_on.cache_clear()
+    backends.triton_reason.cache_clear()
 
 
 MLP = ("layer_norm_mlp", "layer_norm_mlp_backward")

@@ -114,7 +114,7 @@ def test_uncompiled_tree_says_what_to_do_in_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "required: {info,verify,bench}"),
+        ([], "required: {info,verify,bench,tune}"),
         (["measure"], "invalid choice: 'measure'"),
         (["verify", "--device", "tpu"], "--device: expected cpu, cuda or cuda:N, got 'tpu'"),
         (["bench", "--device", "meta"], "--device: expected cpu, cuda or cuda:N, got 'meta'"),
@@ -198,8 +198,18 @@ def test_info_as_text_names_versions_and_a_forced_backend(capsys):
     assert facts["convnext_kernels"].startswith(convnext_kernels.__version__)
     assert facts["torch"].startswith(torch.__version__)
     assert str(native.status().folder) in facts["libraries"]
+    assert facts["Triton kernels"].startswith(("on ", "none: "))
     (row,) = [line.split() for line in lines if line.startswith("layer_norm_mlp_backward ") and " cpu " in line]
     assert row == ["layer_norm_mlp_backward", "cpu", "reference", "forced"]
+
+
+def test_info_under_a_backend_that_cannot_run_says_why(capsys):
+    with backends.use("cuda"):
+        assert main(["info", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["backends"]
+    on_cpu = [row for row in rows if row["device"] == "cpu"]
+    assert all(row["backend"] is None for row in on_cpu)
+    assert all("backend 'cuda' is forced, but the tensors are on 'cpu'" in row["reason"] for row in on_cpu)
 
 
 # --- verify
@@ -427,10 +437,11 @@ def test_progress_is_drawn_on_a_terminal_only():
         with terminal.Progress(2, stream) as progress:
             progress.step("first")
             progress.step("second")
+            progress.note("a part of it")
         text = stream.getvalue()
         if stream.isatty():
             assert "0/2" in text
-            assert "1/2" in text
+            assert "1/2" in text and "second: a part of it" in text and "2/2" not in text
             assert text.endswith("\r\x1b[K")
         else:
             assert text == ""

@@ -11,7 +11,7 @@ import torch
 from .. import backends, native
 from .._version import __version__
 
-__all__ = ["describe_backends", "describe_environment"]
+__all__ = ["describe_backends", "describe_environment", "describe_triton"]
 
 
 def _version_of(distribution: str) -> str | None:
@@ -79,12 +79,31 @@ def describe_environment(paths: bool = False) -> dict[str, Any]:
     }
 
 
+def describe_triton() -> str:
+    """Where the Triton kernels run here, and with whose configurations; or why they do not."""
+    if not backends.triton_reason(torch.device("cpu")):
+        return "on CPU tensors, interpreted (TRITON_INTERPRET=1)"
+    reasons = [backends.triton_reason(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
+    if not reasons:
+        missing = backends.triton_reason(torch.device("cuda"))
+        return f"none: {missing or 'PyTorch sees no GPU'}"
+    if all(reasons):
+        return f"none: {reasons[0]}"
+    from ..triton_kernels import config
+
+    device = torch.device("cuda", reasons.index(""))
+    path = config.cache_file(config.chip_name(device))
+    return f"on the GPU, {'tuned: ' + str(path) if path.exists() else 'not tuned here (`convnext-kernels tune`)'}"
+
+
 def describe_backends() -> list[dict[str, str]]:
     """For each device type and operator: the backend that runs it here, None where the device is missing, and why."""
     out = []
     for device_type in ("cpu", "cuda"):
         present = device_type == "cpu" or torch.cuda.device_count() > 0
         for operator, backend, reason in backends.describe(device_type):
+            if backend == "none":
+                backend = None
             if not present:
                 library = native.status().cuda_reason
                 backend, reason = None, "PyTorch sees no GPU" + (f"; {library}" if library else "")

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from .environment import describe_backends, describe_environment
+from .environment import describe_backends, describe_environment, describe_triton
 from .terminal import table
 
 __all__ = ["add_parser"]
@@ -47,6 +47,7 @@ def _lines(environment: dict[str, Any]) -> list[tuple[str, str]]:
         ("libraries", f"{libraries['folder']} ({libraries['found_in']})"),
         ("built with", f"{build.get('compiler', 'unknown')}, torch {build.get('torch_version', 'unknown')}"),
         ("CUDA kernels", cuda),
+        ("Triton kernels", describe_triton()),
         ("CPU kernels", f"{environment['cpu_capability'] or 'unknown'}, of {listed('cpu_capabilities')}"),
         ("processor", f"{environment['processor']}, {environment['threads']} threads"),
         *(("GPU", gpu) for gpu in gpus or ["none"]),

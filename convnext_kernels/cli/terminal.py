@@ -43,13 +43,23 @@ class Progress:
 
     def step(self, what: str) -> None:
         """Announces the next step; the one before counts as done."""
+        self._what = what
+        self._draw(what)
+        self._done += 1
+
+    def note(self, what: str) -> None:
+        """Shows what the step at hand is doing."""
+        self._done -= 1
+        self._draw(f"{self._what}: {what}")
+        self._done += 1
+
+    def _draw(self, text: str) -> None:
         if self._shown:
             filled = self._WIDTH * self._done // max(self._total, 1)
             bar = "#" * filled + "." * (self._WIDTH - filled)
             seconds = time.monotonic() - self._start
-            self._stream.write(f"\r\x1b[K[{bar}] {self._done}/{self._total}  {seconds:.0f} s  {what}")
+            self._stream.write(f"\r\x1b[K[{bar}] {self._done}/{self._total}  {seconds:.0f} s  {text}")
             self._stream.flush()
-        self._done += 1
 
     def __exit__(self, *exception: object) -> None:
         if self._shown:

@@ -55,6 +55,7 @@ __all__ = [
     "override",
     "problem_of",
     "read_cache",
+    "watched",
     "write_cache",
 ]
 
@@ -140,6 +141,7 @@ class _Kernel(NamedTuple):
 
 _kernels: dict[str, _Kernel] = {}
 _overrides: dict[str, Config] = {}
+_watched: dict[str, Problem] | None = None
 
 
 def declare(
@@ -213,6 +215,8 @@ def choose(kernel: str, *, channels: int, hidden: int, dtype: torch.dtype, rows:
         rows: N * H * W, or whatever the kernel's grid grows with; only its bucket counts.
         device: of the tensors; a CPU device means the interpreter, the meta device that launches are recorded.
     """
+    if _watched is not None:
+        _watched.setdefault(kernel, Problem(channels, hidden, dtype, bucket_of(rows), chip_of(device)))
     if _overrides and kernel in _overrides:
         return _overrides[kernel]
     if device.type == "meta":
@@ -267,6 +271,17 @@ def override(kernel: str, config: Config) -> Iterator[None]:
             del _overrides[kernel]
         else:
             _overrides[kernel] = before
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[dict[str, Problem]]:
+    """Which kernels ask for a configuration inside a ``with`` block, in order, and for which problem."""
+    global _watched
+    previous, _watched = _watched, {}
+    try:
+        yield _watched
+    finally:
+        _watched = previous
 
 
 # --- the user cache
