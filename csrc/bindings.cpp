@@ -1,8 +1,12 @@
-// The pybind11 module convnext_kernels._C: what was built, and what this processor runs of it. It touches no tensor.
+// The pybind11 module convnext_kernels._C: what was built, what this processor runs of it, and how kernels are spread
+// over a GPU. It touches no tensor.
 #include <pybind11/pybind11.h>
 
 #include "build_facts.h"  // written by build_tools/ninja_build.py
+#include "common/chip_bindings.h"
 #include "common/cpu_capability.h"
+#include "depthwise_conv/plan_bindings.h"
+#include "mlp/plan_bindings.h"
 
 namespace py = pybind11;
 namespace convnext_kernels {
@@ -43,4 +47,8 @@ PYBIND11_MODULE(_C, m) {
       "cpu_capability", [] { return convnext_kernels::name_of(convnext_kernels::cpu_capability()); },
       "The CPU kernels that run on this processor: 'portable', 'avx2' or 'avx512'. RuntimeError if "
       "CONVNEXT_KERNELS_CPU_CAPABILITY names another.");
+  py::module_ plans = m.def_submodule("plans", "The launch plans of the CUDA kernels: functions of shape and chip.");
+  convnext_kernels::bind_chip(plans);
+  convnext_kernels::depthwise_conv::bind_plans(plans.def_submodule("depthwise_conv"));
+  convnext_kernels::bind_mlp_plans(plans.def_submodule("mlp"));
 }
