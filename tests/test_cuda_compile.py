@@ -1,69 +1,41 @@
-"""The CUDA sources compile for an old and a new architecture, and no tuned kernel spills registers or uses a stack."""
+"""The compile gate: the CUDA sources compile for an old and a new architecture without warnings, no tuned kernel spills
+registers or uses a stack, all stay within the registers that their plans count on, and the depthwise convolution's main
+loop is FMA. `python -m benchmarks.resources --arch all` lists every kernel on every architecture.
+"""
 
 import re
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
-import torch
 
+from benchmarks import resources
 from build_tools import toolchain
 
-ROOT = Path(__file__).resolve().parent.parent
-# A room may spread its kernels over several translation units, which then compile side by side.
-SOURCES = {f"{source.parent.name}/{source.stem}": source for source in sorted(ROOT.glob("csrc/*/cuda*.cu"))}
-# They launch kernels that other sources hold.
-WITHOUT_KERNELS = {"mlp/cuda_mlp_forward"}
-ARCHITECTURES = ["80", "120"]
+SOURCES = resources.cuda_sources()
+ARCHITECTURES = [80, 120]
 
-KERNEL = re.compile(
-    r"Compiling entry function '(?P<name>\w+)' for 'sm_\w+'.*?(?P<stack>\d+) bytes stack frame, "
-    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
-    re.DOTALL,
-)
+# The plain kernels of unusual shapes divide 64-bit numbers before their loops: a call, which saves a few registers.
+PLAIN = re.compile(r"^simple_")
+PLAIN_STACK_BYTES = 64
 
 
 @pytest.fixture(scope="module")
-def toolkit():
-    found, rejected = toolchain.find_toolkit()
-    if not found:
+def compiled():
+    """(source, architecture) -> (kernels, what the compiler said)."""
+    toolkit, rejected = toolchain.find_toolkit()
+    if not toolkit:
         pytest.skip(
             f"no CUDA compiler: {'; '.join(rejected) or 'none in CUDA_HOME, on PATH or in site-packages/nvidia'}"
         )
-    return found
+    for tool in ("cuobjdump", "nvdisasm"):
+        try:
+            resources.find_tool(tool)
+        except resources.ResourceError as error:
+            pytest.skip(str(error))
+    return resources.compiled_kernels(SOURCES.values(), ARCHITECTURES, jobs=2)
 
 
-@pytest.fixture(scope="module")
-def reports(toolkit, tmp_path_factory):
-    """(source, architecture) -> what the compiler said."""
-    folder = tmp_path_factory.mktemp("cuda")
-    include = Path(torch.__file__).parent / "include"
-
-    def build(source, architecture):
-        command = [
-            toolkit.nvcc,
-            "-std=c++20",
-            "-O3",
-            "--expt-relaxed-constexpr",
-            "-Xptxas",
-            "-v",
-            "-Xcompiler",
-            "-fPIC",
-        ]
-        command += [f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
-        command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY", "-DUSE_CUDA"]
-        command += [f"-I{ROOT / 'csrc'}", "-isystem", include]
-        for folder_of_headers in toolkit.includes:
-            command += ["-isystem", folder_of_headers]
-        command += ["-c", source, "-o", folder / f"{source.parent.name}.{source.stem}.{architecture}.o"]
-        done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout + done.stderr
-
-    with ThreadPoolExecutor(2) as pool:
-        jobs = {(n, a): pool.submit(build, s, a) for n, s in SOURCES.items() for a in ARCHITECTURES}
-        return {key: job.result() for key, job in jobs.items()}
+def tuned(kernels):
+    return [kernel for kernel in kernels if not PLAIN.search(kernel.name)]
 
 
 def test_there_are_sources():
@@ -72,15 +44,57 @@ def test_there_are_sources():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", SOURCES)
-def test_no_kernel_spills(reports, source, architecture):
-    report = reports[source, architecture]
+def test_no_kernel_spills(compiled, source, architecture):
+    kernels, report = compiled[source, architecture]
     assert "warning" not in report, report
-    kernels = [match.groupdict() for match in KERNEL.finditer(report)]
-    assert len(kernels) == report.count("Compiling entry function")
-    assert bool(kernels) == (source not in WITHOUT_KERNELS)
-    # The plain kernels of unusual shapes divide 64-bit numbers before their loops: a call, which saves a few registers.
-    spilling = [
-        k for k in kernels if max(int(k[n]) for n in ("stack", "stores", "loads")) > 64 * ("simple_" in k["name"])
-    ]
-    assert not spilling
-    assert not kernels or any("simple_" not in k["name"] for k in kernels)
+    assert len(kernels) == report.count("Compiling entry function") > 0
+    for kernel in kernels:
+        allowed = PLAIN_STACK_BYTES if PLAIN.search(kernel.name) else 0
+        assert max(kernel.stack, kernel.spill_stores, kernel.spill_loads) <= allowed, kernel
+        assert kernel.local_accesses == 0 or allowed, kernel
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", SOURCES)
+def test_launch_bounds_can_be_launched(compiled, source, architecture):
+    """A block of as many threads as the kernel was compiled for finds the registers it needs."""
+    for kernel in compiled[source, architecture][0]:
+        assert kernel.most_threads, f"{kernel.name} has no __launch_bounds__"
+        given = -(-kernel.registers // 8) * 8
+        assert given * kernel.most_threads <= 65536, kernel
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_registers_are_what_the_plans_count_on(compiled, architecture):
+    plans = resources.load_plans()
+    if plans is None:
+        pytest.skip("the libraries come without bindings")
+    chip = plans.chip_of_architecture(architecture)
+
+    def resident_warps(kernel, threads):
+        return resources.occupancy(kernel.registers, threads, 0, architecture, chip).warps
+
+    seen = set()
+    for kernels, _ in (compiled[source, architecture] for source in SOURCES):
+        for kernel in kernels:
+            kind = kernel.name.partition("<")[0]
+            seen.add(kind)
+            if kind in ("convolution_kernel", "weight_gradient_kernel"):
+                for warps in (1, 2, 4, plans.depthwise_conv.MOST_WARPS):
+                    assert resident_warps(kernel, 32 * warps) >= plans.depthwise_conv.RESIDENT_WARPS, kernel
+            if kind in ("bias_gelu_kernel", "bias_gelu_backward_kernel"):
+                tuning = plans.mlp.bias_gelu_tuning("backward" in kind, resources.element_bytes(kernel.name))
+                threads = plans.mlp.BIAS_GELU_THREADS
+                assert resident_warps(kernel, threads) >= tuning.blocks_per_sm * threads // 32, kernel
+    assert {"convolution_kernel", "weight_gradient_kernel", "bias_gelu_kernel", "bias_gelu_backward_kernel"} <= seen
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_convolutions_main_loop_is_fma(compiled, architecture):
+    kernels, _ = compiled["depthwise_conv/cuda", architecture]
+    forward = [k for k in kernels if re.match(r"convolution_kernel<(\w+), \1, (false|0)>", k.name)]
+    assert len(forward) == 3, [k.name for k in kernels]
+    for kernel in forward:
+        assert kernel.share("FFMA") >= 0.7, kernel
+        # One turn of the register window: 49 taps of 7 results in 7 rows, and not a part of it.
+        assert kernel.loop["FFMA"] >= 49 * 7 * 7, kernel
