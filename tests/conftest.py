@@ -23,3 +23,16 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Where a test makes its tensors and modules: the test runs on the CPU and, with `-m gpu`, on a GPU.
+
+    The GPU is PyTorch's default device for as long, so tests name no device but numerics.device_type().
+    """
+    if request.param == "cpu":
+        yield request.param
+    else:
+        with torch.device(request.param):
+            yield request.param

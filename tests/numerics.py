@@ -6,6 +6,11 @@ import torch
 FLOOR_ULPS = 4
 
 
+def device_type():
+    """Of the device that the test at hand makes its tensors on."""
+    return torch.get_default_device().type
+
+
 def rms(tensor):
     return tensor.double().square().mean().sqrt().item() if tensor.numel() else 0.0
 

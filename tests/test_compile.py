@@ -4,7 +4,10 @@ import pytest
 import torch
 
 import convnext_kernels as ck
+from numerics import device_type
 from test_block import image, pair
+
+on_every_device = pytest.mark.usefixtures("device")
 
 
 @pytest.fixture(autouse=True)
@@ -21,19 +24,21 @@ def gradients(module, x):
     return [x.grad, *[p.grad.clone() for p in module.parameters()]]
 
 
+@on_every_device
 @pytest.mark.parametrize("use_grn", [False, True], ids=["v1", "v2"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_fullgraph_training_and_inference(use_grn, autocast):
     _, block = pair(16, use_grn=use_grn)
     compiled = torch.compile(block, fullgraph=True)
     x = image(2, 16, 7, 7)
-    with torch.autocast("cpu", enabled=autocast):
+    with torch.autocast(device_type(), torch.bfloat16, enabled=autocast):
         for got, expected in zip(gradients(compiled, x), gradients(block, x), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
         with torch.no_grad():
             torch.testing.assert_close(compiled(x), block(x), rtol=1e-5, atol=1e-5)
 
 
+@on_every_device
 def test_fullgraph_drop_path():
     _, block = pair(8, drop_path=0.5)
     compiled = torch.compile(block, fullgraph=True)
@@ -44,6 +49,7 @@ def test_fullgraph_drop_path():
     assert 10 < dropped < 54
 
 
+@on_every_device
 def test_dynamic_shapes_compile_once():
     _, block = pair(8)
     compiled = torch.compile(block, fullgraph=True, dynamic=True)
@@ -53,6 +59,7 @@ def test_dynamic_shapes_compile_once():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
+@on_every_device
 @pytest.mark.parametrize("mode", ["training", "inference"])
 def test_a_fused_timm_model_compiles_without_graph_break(mode):
     timm = pytest.importorskip("timm")

@@ -1,4 +1,4 @@
-"""Registration, derivatives, autocast and errors of the operators."""
+"""Registration, derivatives, autocast and errors of the operators, on the CPU and on a GPU."""
 
 import itertools
 
@@ -7,9 +7,10 @@ import torch
 
 import convnext_kernels as ck
 from convnext_kernels import backends, reference
-from numerics import assert_close
+from numerics import assert_close, device_type
 
 ops = torch.ops.convnext_kernels
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def images(n, c, h, w, dtype=torch.float32, requires_grad=False):
@@ -215,7 +216,7 @@ def differentiable_calls():
     yield "convnext_block", x, lambda: ck.convnext_block(x, weight, None, *parameters)
 
     def under_autocast():
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device_type(), torch.bfloat16):
             return ck.convnext_block(x, weight, None, *parameters)
 
     yield "convnext_block under autocast", x, under_autocast
@@ -246,7 +247,7 @@ def test_autocast_dtypes_are_eagers():
     for eager, ours in ((block, fused), (v2, fused_v2)):
         for dtype in (torch.float32, torch.bfloat16):
             x, y = images(2, 8, 5, 5, dtype, True), images(2, 8, 5, 5, dtype, True)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(device_type(), torch.bfloat16):
                 expected, got = eager(x), ours(y)
             assert got.dtype == expected.dtype
             got.float().sum().backward()
@@ -258,14 +259,14 @@ def test_layer_norm_autocast_dtype_is_eagers():
     weight = torch.ones(8)
     for dtype in (torch.float32, torch.bfloat16):
         x = values(3, 8, dtype=dtype)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device_type(), torch.bfloat16):
             assert ck.layer_norm(x, weight, weight).dtype == reference.layer_norm(x, weight, weight).dtype
 
 
 def test_depthwise_conv2d_under_autocast():
     x, weight, bias = images(2, 8, 5, 5), values(8, 1, 7, 7, requires_grad=True), values(8, requires_grad=True)
     truth = reference.depthwise_conv2d(x.double(), weight.double(), bias.double())
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device_type(), torch.bfloat16):
         theirs, ours = reference.depthwise_conv2d(x, weight, bias), ck.depthwise_conv2d(x, weight, bias)
     assert_close(ours, theirs, truth)
     ours.float().sum().backward()
@@ -274,7 +275,7 @@ def test_depthwise_conv2d_under_autocast():
 
 def test_fp64_under_autocast_stays_fp64():
     x = images(2, 8, 5, 5, torch.float64)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device_type(), torch.bfloat16):
         assert ck.depthwise_conv2d(x, values(8, 1, 3, 3, dtype=torch.float64)).dtype == torch.float64
 
 
@@ -296,7 +297,7 @@ def test_reference_backend_agrees_with_the_compiled_one(name):
         ours = operator(*arguments)
         with ck.use_backend("reference"):
             theirs = operator(*arguments)
-        assert backends.choose(name, "cpu").backend == "cpu"
+        assert backends.choose(name, device_type()).backend == device_type()
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
 
 
@@ -316,22 +317,30 @@ def replaced(index, value):
 
 
 BAD_BLOCKS = {
-    "rank": (replaced(0, torch.randn(4, 5, 5)), ValueError, "'x': expected a tensor of rank 4"),
-    "no tensor": (replaced(0, [1.0]), TypeError, "'x': expected a torch.Tensor, got list"),
-    "integers": (replaced(0, torch.zeros(2, 4, 5, 5, dtype=torch.int64)), TypeError, "'x': expected dtype"),
-    "dtype mix": (replaced(0, images(2, 4, 5, 5, torch.bfloat16)), TypeError, "'conv_weight': expected dtype"),
-    "channels": (replaced(1, values(5, 1, 7, 7)), ValueError, r"'weight': expected shape \(4, 1, 7, 7\)"),
-    "even kernel": (replaced(1, values(4, 1, 6, 6)), ValueError, "'weight': expected a kernel size"),
-    "kernel 13": (replaced(1, values(4, 1, 13, 13)), ValueError, "'weight': expected a kernel size"),
-    "not depthwise": (replaced(1, values(4, 4, 7, 7)), ValueError, r"'weight': expected shape \(4, 1, 7, 7\)"),
-    "empty height": (replaced(0, torch.zeros(2, 4, 0, 5)), ValueError, "'x': expected C, H and W of at least 1"),
-    "empty width": (replaced(0, torch.zeros(2, 4, 5, 0)), ValueError, "'x': expected C, H and W of at least 1"),
-    "no channels": (replaced(0, torch.zeros(2, 0, 5, 5)), ValueError, "'x': expected C, H and W of at least 1"),
-    "fc1": (replaced(5, values(8, 5)), ValueError, r"'fc1_weight': expected shape \(8, 4\)"),
-    "fc2": (replaced(9, values(4, 9)), ValueError, r"'fc2_weight': expected shape \(4, 8\)"),
-    "half a GRN": (replaced(7, values(8)), ValueError, "'grn_bias': expected both"),
-    "layer scale": (replaced(11, values(3)), ValueError, r"'layer_scale': expected shape \(4,\)"),
-    "device mix": (replaced(5, torch.zeros(8, 4, device="meta")), ValueError, "'fc1_weight': expected a tensor on cpu"),
+    "rank": (lambda: replaced(0, torch.randn(4, 5, 5)), ValueError, "'x': expected a tensor of rank 4"),
+    "no tensor": (lambda: replaced(0, [1.0]), TypeError, "'x': expected a torch.Tensor, got list"),
+    "integers": (lambda: replaced(0, torch.zeros(2, 4, 5, 5, dtype=torch.int64)), TypeError, "'x': expected dtype"),
+    "dtype mix": (lambda: replaced(0, images(2, 4, 5, 5, torch.bfloat16)), TypeError, "'conv_weight': expected dtype"),
+    "channels": (lambda: replaced(1, values(5, 1, 7, 7)), ValueError, r"'weight': expected shape \(4, 1, 7, 7\)"),
+    "even kernel": (lambda: replaced(1, values(4, 1, 6, 6)), ValueError, "'weight': expected a kernel size"),
+    "kernel 13": (lambda: replaced(1, values(4, 1, 13, 13)), ValueError, "'weight': expected a kernel size"),
+    "not depthwise": (lambda: replaced(1, values(4, 4, 7, 7)), ValueError, r"'weight': expected shape \(4, 1, 7, 7\)"),
+    "empty height": (
+        lambda: replaced(0, torch.zeros(2, 4, 0, 5)),
+        ValueError,
+        "'x': expected C, H and W of at least 1",
+    ),
+    "empty width": (lambda: replaced(0, torch.zeros(2, 4, 5, 0)), ValueError, "'x': expected C, H and W of at least 1"),
+    "no channels": (lambda: replaced(0, torch.zeros(2, 0, 5, 5)), ValueError, "'x': expected C, H and W of at least 1"),
+    "fc1": (lambda: replaced(5, values(8, 5)), ValueError, r"'fc1_weight': expected shape \(8, 4\)"),
+    "fc2": (lambda: replaced(9, values(4, 9)), ValueError, r"'fc2_weight': expected shape \(4, 8\)"),
+    "half a GRN": (lambda: replaced(7, values(8)), ValueError, "'grn_bias': expected both"),
+    "layer scale": (lambda: replaced(11, values(3)), ValueError, r"'layer_scale': expected shape \(4,\)"),
+    "device mix": (
+        lambda: replaced(5, torch.zeros(8, 4, device="meta")),
+        ValueError,
+        "'fc1_weight': expected a tensor on (cpu|cuda)",
+    ),
 }
 
 
@@ -339,7 +348,7 @@ BAD_BLOCKS = {
 def test_block_errors(name):
     arguments, error, message = BAD_BLOCKS[name]
     with pytest.raises(error, match="convnext_block: argument " + message):
-        ck.convnext_block(*arguments)
+        ck.convnext_block(*arguments())
 
 
 def test_other_errors():
@@ -375,4 +384,4 @@ def test_unknown_backend():
 
 def test_a_forced_backend_that_cannot_run_raises():
     with ck.use_backend("cuda"), pytest.raises(RuntimeError, match="backend 'cuda' is forced, but the tensors are on"):
-        ck.bias_gelu(torch.randn(2, 4))
+        ck.bias_gelu(torch.randn(2, 4, device="cpu"))
