@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .device import load_columns
 
-__all__ = ["store_branch", "store_sum"]
+__all__ = ["halves", "store_branch", "store_sum"]
 
 
 @triton.jit
@@ -29,38 +29,9 @@ def store_sum(branch, y, residual, position, inside, first, C: tl.constexpr, COU
 
 
 @triton.jit
-def _store_64(
-    acc, y, residual, bias, layer_scale, scale, position, inside, first,
-    C: tl.constexpr, COUNT: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    if bias is not None:
-        acc += load_columns(bias, first, COUNT, C)
-    if layer_scale is not None:
-        acc = acc * load_columns(layer_scale, first, COUNT, C)
-    if scale is not None:
-        # By selection: nothing that a dropped row came to, NaN included, may show.
-        acc = tl.where((scale != 0)[:, None], acc * scale[:, None], 0.0)
-    store_sum(acc, y, residual, position, inside, first, C, COUNT, MASKED)
-
-
-@triton.jit
-def _halves(x, COLUMNS: tl.constexpr):
+def halves(x, COLUMNS: tl.constexpr):
     """The left and the right half of x (rows, COLUMNS); in the layout of a product's result that moves nothing."""
     return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, COLUMNS // 2)), (0, 2, 1)))
-
-
-@triton.jit
-def _store_128(
-    acc, y, residual, bias, layer_scale, scale, position, inside, first,
-    C: tl.constexpr, COUNT: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    if COUNT > 64:
-        H: tl.constexpr = COUNT // 2
-        left, right = _halves(acc, COUNT)
-        _store_64(left, y, residual, bias, layer_scale, scale, position, inside, first, C, H, MASKED)
-        _store_64(right, y, residual, bias, layer_scale, scale, position, inside, first + H, C, H, MASKED)
-    else:
-        _store_64(acc, y, residual, bias, layer_scale, scale, position, inside, first, C, COUNT, MASKED)
 
 
 @triton.jit
@@ -68,15 +39,22 @@ def store_branch(
     acc, y, residual, bias, layer_scale, scale, position, inside, first,
     C: tl.constexpr, COUNT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """y = residual + scale * layer_scale * (acc + bias) for acc (rows, COUNT up to 256) fp32; see store_sum.
+    """y = residual + scale * layer_scale * (acc + bias) for acc (rows, COUNT) fp32; see store_sum.
 
     `scale` (rows,) is the sample's; where it is 0 y is the residual. Each of residual, bias, layer_scale and scale may
     be None.
     """
-    if COUNT > 128:
+    if COUNT > 64:
         H: tl.constexpr = COUNT // 2
-        left, right = _halves(acc, COUNT)
-        _store_128(left, y, residual, bias, layer_scale, scale, position, inside, first, C, H, MASKED)
-        _store_128(right, y, residual, bias, layer_scale, scale, position, inside, first + H, C, H, MASKED)
+        left, right = halves(acc, COUNT)
+        store_branch(left, y, residual, bias, layer_scale, scale, position, inside, first, C, H, MASKED)
+        store_branch(right, y, residual, bias, layer_scale, scale, position, inside, first + H, C, H, MASKED)
     else:
-        _store_128(acc, y, residual, bias, layer_scale, scale, position, inside, first, C, COUNT, MASKED)
+        if bias is not None:
+            acc += load_columns(bias, first, COUNT, C)
+        if layer_scale is not None:
+            acc = acc * load_columns(layer_scale, first, COUNT, C)
+        if scale is not None:
+            # By selection: nothing that a dropped row came to, NaN included, may show.
+            acc = tl.where((scale != 0)[:, None], acc * scale[:, None], 0.0)
+        store_sum(acc, y, residual, position, inside, first, C, COUNT, MASKED)

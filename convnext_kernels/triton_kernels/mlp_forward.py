@@ -86,7 +86,7 @@ def _product(m: int, n: int, k: int, programs: int, tma: bool, warps: int, stage
 
 def _default_fc1(problem: config.Problem) -> config.Config:
     if problem.dtype.itemsize == 4:
-        return _product(128, 64, 16, 2, False, 8, 2)
+        return _product(64, 64, 32, 2, False, 8, 2)
     if problem.chip in _HOPPER_AND_LATER:
         return _product(128, 128, 64, 2, True, 8, 3)
     return _product(128, 128, 32, 2, False, 8, 3)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .device import gelu, load_columns, row_position, row_statistics, tile_rows
-from .epilogue import store_branch
+from .epilogue import halves, store_branch
 from .grn import store_squares
 
 __all__ = ["fc1_kernel", "fc2_kernel", "norm_kernel"]
@@ -100,7 +100,7 @@ def norm_kernel(
 
 
 @triton.jit
-def _tile(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
+def _tile(tile, row_tiles, column_tiles: tl.constexpr, GROUP: tl.constexpr):
     """The tile's row tile and column tile: GROUP row tiles by all columns, then the next GROUP."""
     in_group = GROUP * column_tiles
     first = tile // in_group * GROUP
@@ -137,6 +137,38 @@ def _live_rows(live_count, first_row, rows, rows_per_sample):
     return rows
 
 
+@triton.jit
+def _activate(
+    acc, bias, g, hidden, partials, row, inside, position, row_tile, first_column, rows_per_sample,
+    K: tl.constexpr, COUNT: tl.constexpr, BLOCK_M: tl.constexpr, TANH: tl.constexpr, CHEAP: tl.constexpr,
+    PER_SAMPLE: tl.constexpr, IMAGES: tl.constexpr,
+):  # fmt: skip
+    """fc1_kernel's epilogue for columns first_column to first_column + COUNT, at most 64 at a time: see epilogue.py."""
+    if COUNT > 64:
+        H: tl.constexpr = COUNT // 2
+        left, right = halves(acc, COUNT)
+        _activate(
+            left, bias, g, hidden, partials, row, inside, position, row_tile, first_column, rows_per_sample,
+            K, H, BLOCK_M, TANH, CHEAP, PER_SAMPLE, IMAGES,
+        )  # fmt: skip
+        _activate(
+            right, bias, g, hidden, partials, row, inside, position, row_tile, first_column + H, rows_per_sample,
+            K, H, BLOCK_M, TANH, CHEAP, PER_SAMPLE, IMAGES,
+        )  # fmt: skip
+    else:
+        k = first_column + tl.arange(0, COUNT)
+        if bias is not None:
+            acc += load_columns(bias, first_column, COUNT, K)
+        mask = inside[:, None] & (k < K)[None, :]
+        if hidden is not None:
+            tl.store(hidden + position[:, None] * K + k[None, :], acc.to(hidden.dtype.element_ty), mask=mask)
+        value = gelu(acc, TANH, CHEAP).to(g.dtype.element_ty)
+        tl.store(g + row.to(tl.int64)[:, None] * K + k[None, :], value, mask=mask)
+        if partials is not None:  # of the rounded g: half the registers, and what fc2_kernel multiplies
+            value = value.to(tl.float32)
+            store_squares(partials, value, row, inside, row_tile, k, rows_per_sample, K, BLOCK_M, IMAGES, PER_SAMPLE)
+
+
 @triton.jit(do_not_specialize=["first_row", "rows", "rows_per_sample"])
 def fc1_kernel(
     a, weight, bias, g, hidden, partials, live_count, order, first_row, rows, rows_per_sample,
@@ -153,7 +185,7 @@ def fc1_kernel(
         row_tiles = live_rows // rows_per_sample * tl.cdiv(rows_per_sample, BLOCK_M)
     else:
         row_tiles = tl.cdiv(live_rows, BLOCK_M)
-    column_tiles: tl.constexpr = tl.cdiv(K, BLOCK_N)
+    column_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
         row_tile, column_tile = _tile(tile, row_tiles, column_tiles, GROUP)
         row, inside = tile_rows(row_tile, live_rows, rows_per_sample, BLOCK_M, PER_SAMPLE)
@@ -163,18 +195,13 @@ def fc1_kernel(
             rows_tile = _load_tile(a, first, c, rows, C, BLOCK_M, BLOCK_K, TMA, False)
             columns_tile = _load_tile(weight, column_tile * BLOCK_N, c, K, C, BLOCK_N, BLOCK_K, TMA, K % BLOCK_N == 0)
             acc = tl.dot(rows_tile, tl.trans(columns_tile), acc, input_precision=PRECISION)
-        k = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        if bias is not None:
-            acc += tl.load(bias + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
-        mask = inside[:, None] & (k < K)[None, :]
+        position = None
         if hidden is not None:
             _, position = row_position(first_row + row, order, rows_per_sample)
-            tl.store(hidden + position[:, None] * K + k[None, :], acc.to(hidden.dtype.element_ty), mask=mask)
-        value = gelu(acc, TANH, CHEAP).to(g.dtype.element_ty)
-        tl.store(g + row.to(tl.int64)[:, None] * K + k[None, :], value, mask=mask)
-        if partials is not None:  # of the rounded g: half the registers, and what fc2_kernel multiplies
-            value = value.to(tl.float32)
-            store_squares(partials, value, row, inside, row_tile, k, rows_per_sample, K, BLOCK_M, IMAGES, PER_SAMPLE)
+        _activate(
+            acc, bias, g, hidden, partials, row, inside, position, row_tile, column_tile * BLOCK_N, rows_per_sample,
+            K, BLOCK_N, BLOCK_M, TANH, CHEAP, PER_SAMPLE, IMAGES,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first_row", "rows", "rows_per_sample"])
@@ -193,7 +220,7 @@ def fc2_kernel(
         row_tiles = live_rows // rows_per_sample * tl.cdiv(rows_per_sample, BLOCK_M)
     else:
         row_tiles = tl.cdiv(live_rows, BLOCK_M)
-    column_tiles: tl.constexpr = tl.cdiv(C, BLOCK_N)
+    column_tiles: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
     for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
         row_tile, column_tile = _tile(tile, row_tiles, column_tiles, GROUP)
         row, inside = tile_rows(row_tile, live_rows, rows_per_sample, BLOCK_M, PER_SAMPLE)
