@@ -173,7 +173,7 @@ def differentiated(z, residual, p, sample_scale, approximate, grad, autocast=Non
     """plain's results, and the gradients of z and the parameters (None where there is no parameter)."""
     z = z.clone().requires_grad_()
     p = [None if t is None else t.clone().requires_grad_() for t in p]
-    with torch.autocast("cpu", dtype=autocast) if autocast else contextlib.nullcontext():
+    with torch.autocast(z.device.type, dtype=autocast) if autocast else contextlib.nullcontext():
         y, hidden = plain(z, residual, p, sample_scale, approximate)
     leaves = [z, *(t for t in p if t is not None)]
     grads = iter(torch.autograd.grad(y, leaves, grad.to(y.dtype), allow_unused=True))

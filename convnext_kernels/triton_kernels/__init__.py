@@ -30,6 +30,7 @@ OPERATORS: dict[str, str] = {
     "bias_gelu": "bias_gelu",
     "bias_gelu_backward": "bias_gelu",
     "layer_norm_mlp": "mlp_forward",
+    "layer_norm_mlp_backward": "mlp_backward",
 }
 
 

@@ -1,0 +1,321 @@
+"""The matrix products of layer_norm_mlp's backward, over a chunk of live rows that lie one after the other.
+
+Each is a plain product of dense matrices (rows, columns) in the compute dtype: the passes in mlp_backward_passes.py
+have normalised, scaled and gathered the rows before. Rows beyond the live ones hold anything, NaN included: where rows
+are the result's, they are not stored; where rows are summed over, they are not loaded. P is the number of live rows
+and E the bytes of an element in the counts below; what other tiles have brought into the L2 is not counted.
+"""
+
+import triton
+import triton.language as tl
+
+from .device import gelu_and_derivative, row_position
+
+__all__ = [
+    "hidden_gradients_kernel",
+    "input_gradient_kernel",
+    "live_rows",
+    "load_normalised",
+    "norm_gradient_kernel",
+    "store_dz",
+    "weight_gradient_kernel",
+]
+
+
+@triton.jit
+def live_rows(live_count, first, rows, rows_per_sample):
+    """How many of a chunk's `rows` are of live samples; the chunk starts at row `first` in the order of samples."""
+    live = rows
+    if live_count is not None:
+        live = tl.load(live_count).to(tl.int64) * rows_per_sample - first
+        live = tl.minimum(tl.maximum(live, 0), rows).to(tl.int32)
+    return live
+
+
+@triton.jit
+def _load(matrix, row, column, COLUMNS: tl.constexpr, EVEN: tl.constexpr):
+    """A tile of a dense matrix, of rows that are there; zeros from column COLUMNS on (an EVEN tile ends before)."""
+    pointers = matrix + row.to(tl.int64)[:, None] * COLUMNS + column[None, :]
+    if EVEN:
+        tile = tl.load(pointers)
+    else:
+        tile = tl.load(pointers, mask=(column < COLUMNS)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def _load_weight(matrix, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr):
+    """A tile of a weight (ROWS, COLUMNS); zeros outside it."""
+    pointers = matrix + row[:, None] * COLUMNS + column[None, :]
+    if EVEN:
+        tile = tl.load(pointers)
+    else:
+        tile = tl.load(pointers, mask=(row < ROWS)[:, None] & (column < COLUMNS)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def _tile_order(tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Tile (m, n) of this program: columns of GROUP tiles one after the other, so that the L2 serves both operands."""
+    program = tl.program_id(0)
+    group = program // (GROUP * tiles_n)
+    height = tl.minimum(tiles_m - group * GROUP, GROUP)
+    within = program % (GROUP * tiles_n)
+    return group * GROUP + within % height, within // height
+
+
+@triton.jit(do_not_specialize=["first", "rows", "rows_per_sample", "accumulate"])
+def hidden_gradients_kernel(
+    hat, u, kept, fc1_weight, fc1_factor, fc1_bias, fc2_weight, fc2_factor, order, live_count, g, dh, bias_parts,
+    square_parts, product_parts, grad_parts, first, rows, rows_per_sample, accumulate,
+    C: tl.constexpr, K: tl.constexpr, TANH: tl.constexpr, CHEAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """h = hat W1^T + b1 and dg = u W2 in one loop over C, then g = GELU(h) and dh = dg * GELU'(h).
+
+    hat, u (rows, C); fc1_weight (K, C), fc2_weight (C, K) with LayerNorm's and the layer's scale in them, except for
+    the factors (1) where given. h is read from `kept` (N, ..., K) where there is no `hat`. bias_parts (tiles of rows,
+    K) (+)= the sums of dh.
+
+    With GRN (square_parts): `g` gets h and `dh` gets dg, and the parts (tiles of rows + images, K) get the sums over an
+    image's rows in a tile of g^2, dg * g and dg. Tile t and image i meet in part t + i: going down the rows t or i, or
+    both, rise, so that no two meetings share a part.
+
+    4 P C K FLOP and P E (2 C + 2 K) bytes; with `kept` 2 P C K FLOP and P E (C + 3 K) bytes.
+    """
+    tiles_n: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    tile_m, tile_n = _tile_order(tl.cdiv(rows, BLOCK_M), tiles_n, GROUP)
+    live = live_rows(live_count, first, rows, rows_per_sample)
+    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_columns = column < K
+    if tile_m * BLOCK_M >= live:
+        if bias_parts is not None:
+            empty = in_columns & (accumulate == 0)
+            tl.store(bias_parts + tile_m.to(tl.int64) * K + column, tl.zeros((BLOCK_N,), tl.float32), mask=empty)
+        return
+
+    EVEN_K: tl.constexpr = K % BLOCK_N == 0
+    EVEN_C: tl.constexpr = C % BLOCK_C == 0
+    row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = row < live
+    near = tl.minimum(row, live - 1)  # rows that can be read
+
+    h = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    dg = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if hat is not None or u is not None:
+        for c in range(0, C, BLOCK_C):
+            channel = c + tl.arange(0, BLOCK_C)
+            if hat is not None:
+                weight = _load_weight(fc1_weight, column, channel, K, C, EVEN_K and EVEN_C)
+                h = tl.dot(_load(hat, near, channel, C, EVEN_C), weight.T, h, input_precision="ieee")
+            if u is not None:
+                weight = _load_weight(fc2_weight, channel, column, C, K, EVEN_K and EVEN_C)
+                dg = tl.dot(_load(u, near, channel, C, EVEN_C), weight, dg, input_precision="ieee")
+
+    if kept is not None:
+        _, position = row_position(first + near, order, rows_per_sample)
+        h = _load(kept, position, column, K, EVEN_K).to(tl.float32)
+    else:
+        if fc1_factor is not None:
+            h *= tl.load(fc1_factor)
+        if fc1_bias is not None:
+            h += tl.load(fc1_bias + column, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+    if fc2_factor is not None:
+        dg *= tl.load(fc2_factor)
+
+    out = row.to(tl.int64)[:, None] * K + column[None, :]
+    mask = inside[:, None] & in_columns[None, :]
+    if square_parts is None:
+        activated, slope = gelu_and_derivative(h, TANH, CHEAP)
+        if g is not None:
+            tl.store(g + out, activated.to(g.dtype.element_ty), mask=mask)
+        if dh is not None:
+            # A selection: a row beyond the live ones has some row's values.
+            dh_tile = tl.where(inside[:, None], dg * slope, 0.0)
+            tl.store(dh + out, dh_tile.to(dh.dtype.element_ty), mask=mask)
+            if bias_parts is not None:
+                part = bias_parts + tile_m.to(tl.int64) * K + column
+                before = tl.load(part, mask=in_columns & (accumulate != 0), other=0.0)
+                tl.store(part, before + tl.sum(dh_tile, 0), mask=in_columns)
+    else:
+        # The next pass activates the rounded h: GRN's norms are those of the same values.
+        rounded = h.to(g.dtype.element_ty)
+        tl.store(g + out, rounded, mask=mask)
+        activated, _ = gelu_and_derivative(rounded.to(tl.float32), TANH, CHEAP)
+        if u is not None:
+            tl.store(dh + out, dg.to(dh.dtype.element_ty), mask=mask)
+        image = row // rows_per_sample
+        first_image = tile_m * BLOCK_M // rows_per_sample
+        last_image = (tl.minimum(tile_m * BLOCK_M + BLOCK_M, live) - 1) // rows_per_sample
+        for i in range(first_image, last_image + 1):
+            of_image = (inside & (image == i))[:, None]
+            part = (tile_m + i).to(tl.int64) * K + column
+            tl.store(square_parts + part, tl.sum(tl.where(of_image, activated * activated, 0.0), 0), mask=in_columns)
+            if u is not None:
+                tl.store(product_parts + part, tl.sum(tl.where(of_image, dg * activated, 0.0), 0), mask=in_columns)
+                tl.store(grad_parts + part, tl.sum(tl.where(of_image, dg, 0.0), 0), mask=in_columns)
+
+
+@triton.jit
+def _load_rows(matrix, row, column, end, COLUMNS: tl.constexpr, EVEN: tl.constexpr):
+    """A tile of a dense matrix; zeros from row `end` on, whatever is there, and from column COLUMNS on."""
+    mask = (row < end)[:, None]
+    if not EVEN:
+        mask = mask & (column < COLUMNS)[None, :]
+    return tl.load(matrix + row.to(tl.int64)[:, None] * COLUMNS + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _add_parts(parts, sums, p, q, P: tl.constexpr, Q: tl.constexpr, stride_p, stride_q, accumulate):
+    pointers = parts + p.to(tl.int64)[:, None] * stride_p + q.to(tl.int64)[None, :] * stride_q
+    mask = (p < P)[:, None] & (q < Q)[None, :]
+    before = tl.load(pointers, mask=mask & (accumulate != 0), other=0.0)
+    tl.store(pointers, before + sums, mask=mask)
+
+
+@triton.jit(do_not_specialize=["first", "rows", "rows_per_sample", "accumulate", "splits"])
+def weight_gradient_kernel(
+    wide, narrow, parts, live_count, first, rows, rows_per_sample, accumulate, splits, stride_p, stride_q,
+    P: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q0: tl.constexpr, BLOCK_Q1: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """parts[split] (+)= wide^T narrow over a split's rows, fp32: W1's T = dh^T hat, and W2's G^T = g^T u.
+
+    wide (rows, P), narrow (rows, Q); parts (splits, P Q) with element (p, q) at p stride_p + q stride_q. A tile is
+    BLOCK_P x (BLOCK_Q0 + BLOCK_Q1). The splits share the live rows evenly, so that dropped samples cost nothing.
+
+    2 P Q FLOP and (P + Q) E bytes a row, P E of it once for each tile of columns; 4 P Q bytes a split.
+    """
+    tiles_q: tl.constexpr = (Q + BLOCK_Q0 + BLOCK_Q1 - 1) // (BLOCK_Q0 + BLOCK_Q1)
+    tile, split = tl.program_id(0), tl.program_id(1)
+    p = tile // tiles_q * BLOCK_P + tl.arange(0, BLOCK_P)
+    q0 = tile % tiles_q * (BLOCK_Q0 + BLOCK_Q1) + tl.arange(0, BLOCK_Q0)
+    live = live_rows(live_count, first, rows, rows_per_sample)
+    share = tl.cdiv(tl.cdiv(live, splits), BLOCK_R) * BLOCK_R
+    begin = split * share
+    end = tl.minimum(begin + share, live)
+
+    sums0 = tl.zeros((BLOCK_P, BLOCK_Q0), tl.float32)
+    if BLOCK_Q1 > 0:
+        q1 = tile % tiles_q * (BLOCK_Q0 + BLOCK_Q1) + BLOCK_Q0 + tl.arange(0, BLOCK_Q1)
+        sums1 = tl.zeros((BLOCK_P, BLOCK_Q1), tl.float32)
+    EVEN_P: tl.constexpr = P % BLOCK_P == 0
+    EVEN_Q: tl.constexpr = Q % (BLOCK_Q0 + BLOCK_Q1) == 0
+    for r in range(begin, end, BLOCK_R):
+        row = r + tl.arange(0, BLOCK_R)
+        x = _load_rows(wide, row, p, end, P, EVEN_P).T
+        sums0 = tl.dot(x, _load_rows(narrow, row, q0, end, Q, EVEN_Q), sums0, input_precision="ieee")
+        if BLOCK_Q1 > 0:
+            sums1 = tl.dot(x, _load_rows(narrow, row, q1, end, Q, EVEN_Q), sums1, input_precision="ieee")
+
+    parts += split.to(tl.int64) * (P * Q)
+    _add_parts(parts, sums0, p, q0, P, Q, stride_p, stride_q, accumulate)
+    if BLOCK_Q1 > 0:
+        _add_parts(parts, sums1, p, q1, P, Q, stride_p, stride_q, accumulate)
+
+
+@triton.jit
+def load_normalised(
+    z, place, centre, scale, inside, AGAIN: tl.constexpr, C: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr
+):
+    """(z - mean) rstd of COUNT columns. Loaded AGAIN rather than held in registers: another policy keeps them apart."""
+    column = FIRST + tl.arange(0, COUNT)[None, :]
+    mask = inside & (column < C)
+    if AGAIN:
+        values = tl.load(z + place + column, mask=mask, other=0.0, eviction_policy="evict_first")
+    else:
+        values = tl.load(z + place + column, mask=mask, other=0.0)
+    return (values.to(tl.float32) - centre) * scale
+
+
+@triton.jit
+def store_dz(
+    s, total, product, z, place, centre, scale, inside, dz, C: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr
+):
+    """LayerNorm's backward: dz = rstd (s - mean_C(s) - hat mean_C(s hat)), s the gradient of hat = (z - mean) rstd."""
+    hat = load_normalised(z, place, centre, scale, inside, True, C, FIRST, COUNT)
+    values = (s - total * (1.0 / C) - hat * (product * (1.0 / C))) * scale
+    column = FIRST + tl.arange(0, COUNT)[None, :]
+    tl.store(dz + place + column, values.to(dz.dtype.element_ty), mask=inside & (column < C))
+
+
+@triton.jit(do_not_specialize=["first", "rows", "rows_per_sample"])
+def norm_gradient_kernel(
+    dh, weight, weight_factor, z, mean, rstd, order, live_count, dz, first, rows, rows_per_sample,
+    C: tl.constexpr, K: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """s = dh W for whole rows, in two pieces of columns in registers (launch.column_pieces), then LayerNorm's backward.
+
+    dh (rows, K), weight (K, C) times weight_factor (1) or None; z, dz (N, ..., C). 2 P C K FLOP; P E (K + 2 C) bytes.
+    """
+    tile = tl.program_id(0)
+    live = live_rows(live_count, first, rows, rows_per_sample)
+    if tile * BLOCK_M >= live:
+        return
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    near = tl.minimum(row, live - 1)
+    c0 = tl.arange(0, C0)
+    EVEN_K: tl.constexpr = K % BLOCK_K == 0
+    EVEN_0: tl.constexpr = C % C0 == 0 or C1 > 0
+    EVEN_1: tl.constexpr = C == C0 + C1
+    s0 = tl.zeros((BLOCK_M, C0), tl.float32)
+    if C1 > 0:
+        c1 = C0 + tl.arange(0, C1)
+        s1 = tl.zeros((BLOCK_M, C1), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        hidden = k + tl.arange(0, BLOCK_K)
+        gradient = _load(dh, near, hidden, K, EVEN_K)
+        columns = _load_weight(weight, hidden, c0, K, C, EVEN_K and EVEN_0)
+        s0 = tl.dot(gradient, columns, s0, input_precision="ieee")
+        if C1 > 0:
+            columns = _load_weight(weight, hidden, c1, K, C, EVEN_K and EVEN_1)
+            s1 = tl.dot(gradient, columns, s1, input_precision="ieee")
+
+    inside = (row < live)[:, None]
+    _, position = row_position(first + near, order, rows_per_sample)
+    centre, scale = tl.load(mean + position)[:, None], tl.load(rstd + position)[:, None]
+    place = position[:, None] * C
+    if weight_factor is not None:
+        s0 *= tl.load(weight_factor)
+        if C1 > 0:
+            s1 *= tl.load(weight_factor)
+    total = tl.sum(s0, 1)[:, None]
+    product = tl.sum(s0 * load_normalised(z, place, centre, scale, inside, False, C, 0, C0), 1)[:, None]
+    if C1 > 0:
+        total += tl.sum(s1, 1)[:, None]
+        product += tl.sum(s1 * load_normalised(z, place, centre, scale, inside, False, C, C0, C1), 1)[:, None]
+    store_dz(s0, total, product, z, place, centre, scale, inside, dz, C, 0, C0)
+    if C1 > 0:
+        store_dz(s1, total, product, z, place, centre, scale, inside, dz, C, C0, C1)
+
+
+@triton.jit(do_not_specialize=["first", "rows", "rows_per_sample"])
+def input_gradient_kernel(
+    dh, weight, weight_factor, s, live_count, first, rows, rows_per_sample,
+    C: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """s = dh W in tiles, where a row has too many columns for norm_gradient_kernel.
+
+    dh (rows, K), s (rows, C) in the compute dtype. 2 P C K FLOP; P E (K + C) bytes.
+    """
+    tiles_n: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
+    tile_m, tile_n = _tile_order(tl.cdiv(rows, BLOCK_M), tiles_n, GROUP)
+    live = live_rows(live_count, first, rows, rows_per_sample)
+    if tile_m * BLOCK_M >= live:
+        return
+    row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    near = tl.minimum(row, live - 1)
+    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    EVEN_K: tl.constexpr = K % BLOCK_K == 0
+    EVEN_C: tl.constexpr = C % BLOCK_N == 0
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        hidden = k + tl.arange(0, BLOCK_K)
+        gradient = _load(dh, near, hidden, K, EVEN_K)
+        columns = _load_weight(weight, hidden, column, K, C, EVEN_K and EVEN_C)
+        sums = tl.dot(gradient, columns, sums, input_precision="ieee")
+    if weight_factor is not None:
+        sums *= tl.load(weight_factor)
+    mask = (row < live)[:, None] & (column < C)[None, :]
+    tl.store(s + row.to(tl.int64)[:, None] * C + column[None, :], sums.to(s.dtype.element_ty), mask=mask)

@@ -1,0 +1,142 @@
+"""layer_norm_mlp_backward in Triton without a GPU: its values in the interpreter, its machine code for every chip, its
+plan's memory."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from convnext_kernels.triton_kernels import launch
+from convnext_kernels.triton_kernels.mlp_backward import WORKSPACE_BYTES, layer_norm_mlp_backward
+from triton_tools import compile_launch, in_interpreter
+
+PRODUCTS = ("hidden_gradients_kernel", "weight_gradient_kernel", "norm_gradient_kernel", "input_gradient_kernel")
+EVERYTHING = (1 << 10) - 1
+
+
+def test_values_in_the_interpreter():
+    in_interpreter("test_gpu_triton_mlp_backward.py")
+
+
+def arguments(shape, dtype, grn=False, drop=False, kept=False, approximate="none", autocast=True, hidden=None):
+    """The operator's arguments on the meta device: with autocast, fp32 parameters and gradient."""
+    c = shape[-1]
+    k = hidden or 4 * c
+
+    def new(*sizes, dtype=torch.float32 if autocast else dtype):
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    grn_parameters = (new(k), new(k)) if grn else (None, None)
+    return (
+        new(*shape),
+        new(*shape, dtype=dtype),
+        new(*shape[:-1], dtype=torch.float32),
+        new(*shape[:-1], dtype=torch.float32),
+        new(*((*shape[:-1], k) if kept else (0,)), dtype=dtype),
+        *(new(c), new(c), new(k, c), new(k), *grn_parameters, new(c, k), new(c), None if grn else new(c)),
+        new(shape[0], dtype=torch.float32) if drop else None,
+        approximate,
+        EVERYTHING,
+    )
+
+
+def launches_of(capability, given, **options):
+    with launch.recorded(launch.chip_of_architecture(capability)) as launches:
+        results = layer_norm_mlp_backward(*given, **options)
+    return launches, results
+
+
+def check_machine_code(capability, given):
+    launches, _ = launches_of(capability, given)
+    seen, names = set(), set()
+    for one in launches:
+        absent = tuple(argument is None for argument in one.arguments)
+        key = one.kernel.__name__, absent, tuple(sorted((name, str(value)) for name, value in one.constants.items()))
+        if key in seen:
+            continue
+        seen.add(key)
+        compiled = compile_launch(one, capability)
+        what = f"{compiled.name} {one.constants} on sm_{capability}"
+        assert compiled.stack == 0, f"{what}: {compiled.stack} bytes of stack"
+        limit = launch.chip_of_architecture(capability).shared_bytes
+        assert compiled.shared <= limit, f"{what}: {compiled.shared} bytes of shared memory, the chip has {limit}"
+        if compiled.name in PRODUCTS:
+            names.add(compiled.name)
+            if given[1].dtype != torch.float32:
+                instruction = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(capability, "mma.sync")
+                assert instruction in compiled.ptx, what
+    return names
+
+
+@pytest.mark.parametrize("channels, size", [(40, 14), (96, 56), (128, 14), (192, 28), (256, 14), (384, 14), (768, 7)])
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_machine_code(capability, channels, size):
+    names = check_machine_code(capability, arguments((128, size, size, channels), torch.bfloat16, drop=True))
+    assert names == set(PRODUCTS[:2]) | {"norm_gradient_kernel" if channels <= 256 else "input_gradient_kernel"}
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_machine_code_of_other_forms(capability):
+    for dtype, options in [
+        (torch.bfloat16, dict(grn=True, drop=True)),
+        (torch.bfloat16, dict(grn=True, kept=True, approximate="tanh", autocast=False)),
+        (torch.float16, dict(kept=True)),
+        (torch.float32, dict(grn=True)),
+    ]:
+        check_machine_code(capability, arguments((32, 28, 28, 192), dtype, **options))
+    check_machine_code(capability, arguments((32, 7, 7, 768), torch.bfloat16, grn=True))
+    check_machine_code(capability, arguments((32, 7, 7, 768), torch.float32, approximate="tanh"))
+
+
+@pytest.mark.parametrize("capability", [86, 120])
+def test_machine_code_for_small_shared_memories(capability):
+    for shape in ((16, 56, 56, 96), (16, 28, 28, 192), (16, 7, 7, 768)):
+        check_machine_code(capability, arguments(shape, torch.bfloat16, drop=True))
+    check_machine_code(capability, arguments((16, 14, 14, 384), torch.float16, grn=True))
+
+
+def memory(launches, given, results):
+    """Bytes of every tensor that launches read or write, other than arguments and results."""
+    known = {id(t.untyped_storage()) for t in (*given, *results) if isinstance(t, torch.Tensor)}
+    storages = {
+        id(storage): storage
+        for one in launches
+        for storage in (t.untyped_storage() for t in one.arguments if isinstance(t, torch.Tensor))
+    }
+    return sum(storage.nbytes() for key, storage in storages.items() if key not in known)
+
+
+@pytest.mark.parametrize("workspace", [24 << 20, WORKSPACE_BYTES])
+@pytest.mark.parametrize("grn, kept", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    "shape", [(128, 56, 56, 96), (128, 28, 28, 192), (64, 14, 14, 384), (3, 7, 7, 768), (4, 512, 512, 96)]
+)
+def test_workspace(shape, grn, kept, workspace):
+    given = arguments(shape, torch.bfloat16, grn, drop=True, kept=kept)
+    launches, results = launches_of(90, given, workspace_bytes=workspace)
+    weights = 2 * sum(t.nbytes for t in given[5:14] if t is not None)
+    image = shape[1] * shape[2] * (shape[3] * 10 * 2 + 400) if grn else 0
+    assert memory(launches, given, results) <= max(workspace, image) + weights + (1 << 20)
+
+
+def test_rows_are_covered_once():
+    """Chunks follow one another, and every row has a program."""
+    for shape, grn in (
+        ((37, 14, 14, 96), False),
+        ((37, 14, 14, 96), True),
+        ((5, 300, 301, 96), True),
+        ((1, 3, 5, 8), False),
+    ):
+        launches, _ = launches_of(90, arguments(shape, torch.bfloat16, grn), workspace_bytes=8 << 20)
+        rows, rows_per_sample, first = shape[0] * shape[1] * shape[2], shape[1] * shape[2], 0
+        for one in launches:
+            if one.kernel.__name__ != "hidden_gradients_kernel":
+                continue
+            begin, count = one.arguments[-4:-2]
+            assert begin == first and count > 0
+            assert not grn or count % rows_per_sample == 0
+            blocks = one.constants
+            tiles = -(-count // blocks["BLOCK_M"]) * -(-4 * shape[3] // blocks["BLOCK_N"])
+            assert one.grid == (tiles,)
+            first += count
+        assert first == rows
