@@ -6,6 +6,8 @@
 #include "common/chip_bindings.h"
 #include "common/cpu_capability.h"
 #include "depthwise_conv/plan_bindings.h"
+#include "depthwise_conv/tensor_plan_bindings.h"
+#include "layer_norm/plan_bindings.h"
 #include "mlp/plan_bindings.h"
 
 namespace py = pybind11;
@@ -49,6 +51,9 @@ PYBIND11_MODULE(_C, m) {
       "CONVNEXT_KERNELS_CPU_CAPABILITY names another.");
   py::module_ plans = m.def_submodule("plans", "The launch plans of the CUDA kernels: functions of shape and chip.");
   convnext_kernels::bind_chip(plans);
-  convnext_kernels::depthwise_conv::bind_plans(plans.def_submodule("depthwise_conv"));
+  py::module_ depthwise_conv = plans.def_submodule("depthwise_conv");
+  convnext_kernels::depthwise_conv::bind_plans(depthwise_conv);
+  convnext_kernels::depthwise_conv::bind_tensor_plans(depthwise_conv);
+  convnext_kernels::bind_layer_norm_plans(plans.def_submodule("layer_norm"));
   convnext_kernels::bind_mlp_plans(plans.def_submodule("mlp"));
 }

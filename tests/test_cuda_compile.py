@@ -87,7 +87,7 @@ def test_registers_are_what_the_plans_count_on(compiled, architecture):
                     assert resident_warps(kernel, 32 * warps) >= plans.depthwise_conv.RESIDENT_WARPS, kernel
             if kind in ("bias_gelu_kernel", "bias_gelu_backward_kernel"):
                 tuning = plans.mlp.bias_gelu_tuning("backward" in kind, resources.element_bytes(kernel.name))
-                threads = plans.mlp.BIAS_GELU_THREADS
+                threads = plans.mlp.ROW_PASS_THREADS
                 assert resident_warps(kernel, threads) >= tuning.blocks_per_sm * threads // 32, kernel
     assert {"convolution_kernel", "weight_gradient_kernel", "bias_gelu_kernel", "bias_gelu_backward_kernel"} <= seen
 

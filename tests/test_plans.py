@@ -234,8 +234,8 @@ def test_bias_gelu_plan(backward, rows, columns, element_bytes, aligned, archite
         return
     tuning = mlp.bias_gelu_tuning(backward, element_bytes)
     threads = plan.block_columns * plan.block_rows
-    assert 1 <= threads <= mlp.BIAS_GELU_THREADS
-    assert mlp.BIAS_GELU_THREADS * tuning.blocks_per_sm <= chip.threads_per_multiprocessor
+    assert 1 <= threads <= mlp.ROW_PASS_THREADS
+    assert mlp.ROW_PASS_THREADS * tuning.blocks_per_sm <= chip.threads_per_multiprocessor
     assert 1 <= plan.row_blocks <= MOST_IN_GRID and 1 <= plan.column_blocks <= INT32
     vectorised = aligned and element_bytes < 8 and columns * element_bytes % 16 == 0
     assert plan.vector_size == (16 // element_bytes if vectorised else 1)
