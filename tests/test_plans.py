@@ -248,3 +248,138 @@ def test_bias_gelu_plan(backward, rows, columns, element_bytes, aligned, archite
     # The sums of a block's columns.
     accumulation_bytes = 8 if element_bytes == 8 else 4
     assert threads * plan.vector_size * accumulation_bytes <= 48 * 1024
+
+
+# --- the MLP's passes over rows, and its chunks
+
+
+@examples
+@given(
+    data=st.data(),
+    heavy=st.booleans(),
+    groups=st.one_of(st.integers(0, 300), st.sampled_from([2**20])),
+    rows=st.one_of(st.integers(0, 5000), st.sampled_from([2**24, 2**31])),
+    columns=st.one_of(st.integers(1, 5000), st.sampled_from([384, 1536, 3072, 12288])),
+    element_bytes=st.sampled_from([2, 4, 8]),
+    aligned=st.booleans(),
+    architecture=architectures,
+)
+def test_row_pass_plan(data, heavy, groups, rows, columns, element_bytes, aligned, architecture):
+    chip = plans.chip_of_architecture(architecture)
+    row_pass = data.draw(st.sampled_from(sorted(mlp.RowPass.__members__)))
+    tuning = mlp.row_pass_tuning(mlp.RowPass.__members__[row_pass], heavy, element_bytes)
+    vector_size = mlp.row_pass_vector_size(columns, element_bytes, aligned)
+    plan = mlp.plan_row_pass(tuning, groups, rows, columns, vector_size, chip.multiprocessors)
+    if groups == 0 or rows == 0:
+        assert plan.row_blocks == 0
+        return
+    threads = plan.block_columns * plan.block_rows
+    assert 1 <= threads <= mlp.ROW_PASS_THREADS
+    assert mlp.ROW_PASS_THREADS * tuning.blocks_per_sm <= chip.threads_per_multiprocessor
+    assert 1 <= plan.row_blocks <= MOST_IN_GRID
+    vectors, rest = divmod(columns, plan.vector_size)
+    assert rest == 0 and plan.vector_size == vector_size
+    assert (plan.column_blocks - 1) * plan.block_columns < vectors <= plan.column_blocks * plan.block_columns
+    assert (plan.row_blocks - 1) * plan.block_rows * tuning.thread_rows < rows
+
+
+@examples
+@given(
+    rows=st.one_of(st.integers(0, 10**6), st.sampled_from([2**31, 2**40])),
+    images=st.booleans(),
+    unit=st.integers(1, 50176),
+    row_bytes=st.integers(2, 200_000),
+    image_bytes=st.integers(1, 100_000),
+    call_bytes=st.one_of(st.just(0), st.integers(0, 2**29)),
+    most_rows=st.sampled_from([1024, 65536, 2**31]),
+)
+def test_chunks_of_the_mlp(rows, images, unit, row_bytes, image_bytes, call_bytes, most_rows):
+    if not images:
+        unit, image_bytes = 1, 0
+    rows -= rows % unit
+    most_bytes = mlp.MAX_WORKSPACE_BYTES
+    chunk = mlp.chunk_rows(rows, unit, row_bytes, image_bytes, call_bytes, most_bytes, most_rows)
+    # Whole images; never more rows than there are, but one unit; the workspace is kept where more than the least fits.
+    assert chunk >= unit and chunk % unit == 0
+    assert chunk <= max(rows, unit)
+    assert chunk <= max(most_rows, unit)
+    least = unit if images else 1024
+    used = call_bytes + chunk * row_bytes + chunk // unit * image_bytes
+    assert used <= most_bytes or chunk <= least
+
+
+# --- LayerNorm
+
+
+@examples
+@given(
+    backward=st.booleans(),
+    rows=st.one_of(st.integers(0, 5000), st.sampled_from([2**24, 2**31, 2**40])),
+    channels=st.one_of(st.integers(1, 600), st.integers(1, 9000), st.sampled_from([96, 192, 384, 768, 1536])),
+    bytes_=st.sampled_from([2, 4, 8]),
+    other_bytes=st.sampled_from([2, 4, 8]),
+    aligned=st.booleans(),
+    architecture=architectures,
+)
+def test_layer_norm_plan(backward, rows, channels, bytes_, other_bytes, aligned, architecture):
+    layer_norm = plans.layer_norm
+    chip = plans.chip_of_architecture(architecture)
+    make = layer_norm.plan_backward if backward else layer_norm.plan
+    plan = make(rows, channels, bytes_, other_bytes, aligned, chip)
+    if rows == 0:
+        assert plan.blocks == 0
+        return
+    assert 32 <= plan.threads <= layer_norm.THREADS and plan.threads % 32 == 0
+    assert 0 <= plan.shared_bytes <= chip.shared_bytes_per_block
+    assert 1 <= plan.blocks <= INT32
+    # The last block has rows.
+    assert (plan.blocks - 1) * plan.block_rows < rows
+    assert plan.vector_size == 1 or (aligned and channels % plan.vector_size == 0)
+    if plan.vectors:
+        assert layer_norm.has_kernel(backward, plan.vector_size, plan.vectors)
+        # A row in its threads' registers, and lanes of one warp or whole warps hold it.
+        assert plan.row_threads * plan.vectors * plan.vector_size >= channels
+        assert plan.row_threads in (1, 2, 4, 8, 16) or plan.row_threads % 32 == 0
+    else:
+        assert plan.block_rows == 1
+    assert plan.partial_rows == plan.sum_blocks
+    assert (plan.sum_blocks >= 1) == backward and plan.sum_blocks <= min(rows, INT32)
+
+
+# --- depthwise convolution on the tensor cores
+
+
+@examples
+@given(
+    architecture=architectures,
+    samples=batches,
+    channels=channel_counts,
+    height=sizes,
+    width=sizes,
+    staged_bytes=st.sampled_from([2, 4]),
+)
+def test_tensor_plan(architecture, samples, channels, height, width, staged_bytes):
+    chip = plans.chip_of_architecture(architecture)
+    for kind in tile_kinds():
+        plan = depthwise_conv.plan_tensor(kind, samples, channels, height, width, staged_bytes, chip)
+        assert plan.exists
+        if samples == 0:
+            assert plan.row_blocks == 0
+            continue
+        assert 0 < plan.shared_bytes <= chip.shared_bytes_per_block
+        blocks = plan.resident_blocks
+        assert blocks >= 1
+        assert blocks * (plan.shared_bytes + BLOCK_OVERHEAD) <= chip.shared_bytes_per_multiprocessor
+        chunk = depthwise_conv.CHANNELS_OF_A_TENSOR_CHUNK
+        assert (plan.chunks - 1) * chunk < channels <= plan.chunks * chunk
+        # Every row and column of every image in one patch, and no patch outside of them.
+        assert (plan.row_patches - 1) * plan.rows < height <= plan.row_patches * plan.rows
+        assert (plan.column_patches - 1) * plan.columns < width <= plan.column_patches * plan.columns
+        assert plan.columns <= plan.blocks * 8 and plan.rows == plan.segments * plan.segment_rows
+        assert plan.images * plan.segments <= 8
+        assert plan.images == 1 or plan.row_patches == 1
+        assert plan.patches == divide_up(samples, plan.images) * plan.row_patches * plan.column_patches
+        assert 1 <= plan.row_blocks <= MOST_IN_GRID and plan.chunks <= INT32
+        assert plan.first_patch(0) == 0 and plan.first_patch(plan.row_blocks) == plan.patches
+        for block in {0, plan.row_blocks // 2, plan.row_blocks - 1}:
+            assert plan.first_patch(block) < plan.first_patch(block + 1)
