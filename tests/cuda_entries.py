@@ -100,5 +100,6 @@ class Entries(cuda_programs.Programs):
         if variant == "asan":
             environment |= {"LD_PRELOAD": self._sanitizer(), "ASAN_OPTIONS": "detect_leaks=0"}
         # Uncaptured: what AddressSanitizer says before it ends the process would be lost.
-        command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *map(str, arguments)]
+        command = [sys.executable, "-m", "pytest", "-q", "-s", "-m", "not gpu", "-p", "no:cacheprovider"]
+        command += map(str, arguments)
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)

@@ -181,9 +181,13 @@ X, ROWS = torch.randn(4, 8), torch.randn(4)
         (
             "layer_norm",
             (torch.tensor(1.0), None, None, 1e-6, torch.float32),
-            "layer_norm: argument 'x': expected .*rank",
+            "layer_norm: argument 'x': expected .*(rank|C >= 1)",
         ),
-        ("layer_norm", (torch.randn(3, 0), None, None, 1e-6, torch.float32), "argument 'x': expected at least one"),
+        (
+            "layer_norm",
+            (torch.randn(3, 0), None, None, 1e-6, torch.float32),
+            "argument 'x': expected .*(at least one|C >= 1)",
+        ),
         ("layer_norm", (X.int(), None, None, 1e-6, torch.float32), "argument 'x'.*got Int"),
         ("layer_norm", (X.t(), None, None, 1e-6, torch.float32), r"argument 'x': expected a contiguous.*\(1, 8\)"),
         (
