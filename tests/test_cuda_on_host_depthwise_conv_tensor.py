@@ -193,8 +193,8 @@ DEFECTS = {
     ),
     "zeros-left-out": (
         SHARED,
-        "y >= window.top && y < window.bottom;",
-        "y >= window.top;",
+        "row >= above && row < above + copied_rows;",
+        "row >= above;",
         "forward",
         SMALL,
         "read of unwritten shared memory: shared piece 1",

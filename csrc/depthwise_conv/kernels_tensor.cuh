@@ -47,6 +47,7 @@ struct Patch {
 __device__ __forceinline__ unsigned live_images(const Images& shape, const float* sample_scale, const TensorPlan& plan,
                                                 int64_t sample) {
   unsigned live = 0;
+#pragma unroll 1
   for (int image = 0; image < plan.images; ++image)
     live |= static_cast<unsigned>(is_live(shape, sample_scale, sample + image)) << image;
   return live;
@@ -73,22 +74,23 @@ __device__ __forceinline__ int copied_unit(int row, int column, int pairs) {
 template <int kLanes, class T>
 __device__ __forceinline__ void copy_window(uint4* to, const T* from, const Images& shape, const PatchWindow& window,
                                             int64_t sample, unsigned live, int images, int most_rows, int pairs) {
-  constexpr int kHalfChannels = kUnitBytes / static_cast<int>(sizeof(T));
-  const int thread = reread_thread_index(), lane = thread % kLanes;
-  const int rows = window.bottom - window.top, items = (window.right - window.left) * kPixelUnits;
-  const int first_channel = static_cast<int>(blockIdx.x) * kTensorChunk;
+  constexpr int kColumns = kLanes / kPixelUnits;  // at a time: an even number, so that a thread's parity stays
+  const int thread = reread_thread_index(), half = thread % kPixelUnits, first_column = thread % kLanes / kPixelUnits;
+  const int channel = static_cast<int>(blockIdx.x) * kTensorChunk + half * (kTensorChunk / kPixelUnits);
+  if (channel >= shape.channels) return;
+  const int rows = window.bottom - window.top, columns = window.right - window.left;
+  from += ((sample * shape.height + window.top) * shape.width + window.left + first_column) * shape.channels + channel;
+  to += copied_unit(0, first_column, pairs) + half;
   for (int i = thread / kLanes; i < images * rows; i += static_cast<int>(blockDim.x) / kLanes) {
     const int image = images == 1 ? 0 : divide(i, rows), row = i - image * rows;
     if (!(live >> image & 1)) continue;
-    const T* const at =
-        from + (((sample + image) * shape.height + window.top + row) * shape.width + window.left) * shape.channels +
-        first_channel;
+    const T* at = from + static_cast<int64_t>(image * shape.height + row) * shape.width * shape.channels;
+    uint4* into = to + copied_unit(image * most_rows + row, 0, pairs);
 #pragma unroll 1  // the weights' gradient has no registers to spare
-    for (int k = lane; k < items; k += kLanes) {
-      const int column = k / kPixelUnits, half = k % kPixelUnits;
-      if (first_channel + half * kHalfChannels >= shape.channels) continue;
-      copy_async(to + copied_unit(image * most_rows + row, column, pairs) + half,
-                 at + static_cast<int64_t>(column) * shape.channels + half * kHalfChannels, true);
+    for (int column = first_column; column < columns; column += kColumns) {
+      copy_async(into, at, true);
+      at += kColumns * shape.channels;
+      into += copied_unit(0, kColumns, pairs);
     }
   }
 }
@@ -101,35 +103,39 @@ __device__ __forceinline__ int plane_of(int channel, int plane_units) {
 
 // From the copied pixels to planes of kBlocks * 8 columns and `rows` rows an image, of which the first is
 // `first_column` and `first_row`. A thread turns two pixels' eight channels into pairs of columns: two reads of 16
-// bytes, eight byte permutations, eight writes of 4 bytes.
+// bytes, eight byte permutations, eight writes of 4 bytes. It keeps its columns and goes from row to row.
 template <int kBlocks, int kSegmentRows>
 __device__ __forceinline__ void transpose_window(uint4* planes, int plane_units, int image_units, const uint4* copied,
                                                  const PatchWindow& window, int first_row, int rows, int first_column,
                                                  unsigned live, int images, int most_rows, int pairs, int halves) {
-  constexpr unsigned kRowPairs = kBlocks * kBlockColumns / 2, kRowItems = kRowPairs * kPixelUnits;
-  const unsigned items = static_cast<unsigned>(images * rows) * kRowItems;
-  for (unsigned i = static_cast<unsigned>(reread_thread_index()); i < items; i += blockDim.x) {
-    const int of_all = static_cast<int>(i / kRowItems), pair = static_cast<int>(i % kRowItems / kPixelUnits);
-    const int half = static_cast<int>(i % kPixelUnits);
-    const int image = images == 1 ? 0 : divide(of_all, rows), row = of_all - image * rows;
-    const int y = first_row + row, x = first_column + 2 * pair;
-    const bool exists = (live >> image & 1) && half < halves && y >= window.top && y < window.bottom;
-    const auto pixel = [&](int column) {
-      if (!exists || column < window.left || column >= window.right) return uint4{0, 0, 0, 0};
-      return copied[copied_unit(image * most_rows + y - window.top, column - window.left, pairs) + half];
-    };
-    const uint4 first = pixel(x), second = pixel(x + 1);
-    const int unit = plane_of(half * 8, plane_units) + image * image_units + row_units(row, kBlocks, kSegmentRows);
-    uint32_t* const to = reinterpret_cast<uint32_t*>(planes + unit) + pair;
-    const int channel = plane_units * 4;
-    to[0 * channel] = lower_halves(first.x, second.x);
-    to[1 * channel] = upper_halves(first.x, second.x);
-    to[2 * channel] = lower_halves(first.y, second.y);
-    to[3 * channel] = upper_halves(first.y, second.y);
-    to[4 * channel] = lower_halves(first.z, second.z);
-    to[5 * channel] = upper_halves(first.z, second.z);
-    to[6 * channel] = lower_halves(first.w, second.w);
-    to[7 * channel] = upper_halves(first.w, second.w);
+  constexpr int kRowItems = kBlocks * kBlockColumns / 2 * kPixelUnits;
+  const int thread = reread_thread_index(), row_step = static_cast<int>(blockDim.x) / kRowItems;
+  const int half = thread % kPixelUnits, pair = thread % kRowItems / kPixelUnits;
+  if (thread >= row_step * kRowItems || half >= halves) return;
+  const int column = first_column + 2 * pair - window.left, columns = window.right - window.left;
+  const bool has_first = column >= 0 && column < columns, has_second = column >= -1 && column + 1 < columns;
+  const uint4* const first_column_of = copied + copied_unit(0, column, pairs) + half;
+  const uint4* const second_column_of = copied + copied_unit(0, column + 1, pairs) + half;
+  const int above = window.top - first_row, copied_rows = window.bottom - window.top, channel = plane_units * 4;
+  planes += plane_of(half * 8, plane_units);
+  for (int image = 0; image < images; ++image, planes += image_units) {
+#pragma unroll 1  // as above
+    for (int row = thread / kRowItems; row < rows; row += row_step) {
+      const bool exists = (live >> image & 1) && row >= above && row < above + copied_rows;
+      const int unit = copied_unit(image * most_rows + row - above, 0, pairs);
+      uint4 first{0, 0, 0, 0}, second{0, 0, 0, 0};
+      if (exists && has_first) first = first_column_of[unit];
+      if (exists && has_second) second = second_column_of[unit];
+      uint32_t* const to = reinterpret_cast<uint32_t*>(planes + row_units(row, kBlocks, kSegmentRows)) + pair;
+      to[0 * channel] = lower_halves(first.x, second.x);
+      to[1 * channel] = upper_halves(first.x, second.x);
+      to[2 * channel] = lower_halves(first.y, second.y);
+      to[3 * channel] = upper_halves(first.y, second.y);
+      to[4 * channel] = lower_halves(first.z, second.z);
+      to[5 * channel] = upper_halves(first.z, second.z);
+      to[6 * channel] = lower_halves(first.w, second.w);
+      to[7 * channel] = upper_halves(first.w, second.w);
+    }
   }
 }
 

@@ -19,11 +19,14 @@
 //   22   x 128 bytes to or from shared memory, free of bank conflicts: 2.5 for the copies, 2.5 and 3.5 to transpose
 //                them (with halo and zeros), 8.2 for X (ldmatrix), 2.5 and 2 for results, 1 for the filter
 //    1.2 x 256 bytes read from L2 (halos), 1 x 256 bytes written
+//  110 instructions of a warp, of which four can start in a cycle: 48 to multiply, stage and check, 21 and 19 to
+//                transpose and to start copies, 21 to write results
 //
 // Counted in cycles of a multiprocessor of sm_90, an mma being 1.6 to 2 (mma.sync reaches about 60 % of the tensor
-// cores' rate there): 17 to 21 of tensor cores, 22 of shared memory; on an H200 25 of memory (4 bytes a result, 20.7
-// bytes a cycle). Version 1: 61 of FMA. So memory is the bound as long as the units overlap, for which there are two
-// resident blocks, and copies for the next patch under way while a block works on this one. Not measured yet.
+// cores' rate there): 17 to 21 of tensor cores, 22 of shared memory, 28 of instructions; on an H200 25 of memory (4
+// bytes a result, 20.7 bytes a cycle). Version 1: 61 of FMA. So the bound is near that of memory as long as the units
+// overlap, for which there are two resident blocks, and copies for the next patch under way while a block works on this
+// one. Not measured yet.
 #pragma once
 #include "depthwise_conv/kernels_tensor.cuh"
 #include "depthwise_conv/launch_tensor.h"
@@ -207,49 +210,54 @@ __device__ __forceinline__ void store_results(const uint4* planes, const TensorC
   constexpr int kLanes = smaller(kRowItems, kWarpSize), kVector = kUnitBytes / static_cast<int>(sizeof(R));
   const TensorPlan& plan = params.plan;
   const Images& shape = params.shape;
-  const int thread = reread_thread_index();
+  const int thread = reread_thread_index(), half = thread % kPixelUnits, place = thread % kLanes / kPixelUnits;
+  if (half >= halves) return;
   const int rows = min(plan.rows, shape.height - patch.row), columns = min(plan.columns, shape.width - patch.column);
+  const int channel = plan.plane_units * 4;
+  planes += plane_of(half * 8, plan.plane_units);
+  const int64_t first =
+      ((patch.sample * shape.height + patch.row) * shape.width + patch.column + place * kColumns) * shape.channels +
+      static_cast<int64_t>(blockIdx.x) * kTensorChunk + half * 8;
   for (int i = thread / kLanes; i < plan.images * rows; i += static_cast<int>(blockDim.x) / kLanes) {
     const int image = plan.images == 1 ? 0 : divide(i, rows), row = i - image * rows;
-    const int64_t sample = patch.sample + image;
-    if (sample >= shape.samples) break;
+    if (patch.sample + image >= shape.samples) break;
     const bool is_zero = !(live >> image & 1);
     const int segment = image * plan.segments + row / Results::kSegmentRows;
-    const uint4* const from = planes + segment * Results::kUnits + row % Results::kSegmentRows * Results::kRowUnits;
-    const int64_t first = ((sample * shape.height + patch.row + row) * shape.width + patch.column) * shape.channels +
-                          blockIdx.x * kTensorChunk;
+    const auto* words = reinterpret_cast<const uint32_t*>(planes + segment * Results::kUnits +
+                                                          row % Results::kSegmentRows * Results::kRowUnits) +
+                        place;
+    int64_t at = first + static_cast<int64_t>(image * shape.height + row) * shape.width * shape.channels;
 #pragma unroll
-    for (int k = thread % kLanes; k < kRowItems; k += kLanes) {
-      const int half = k % kPixelUnits, column = k / kPixelUnits * kColumns;
-      if (half >= halves || column >= columns) continue;
-      const auto* word =
-          reinterpret_cast<const uint32_t*>(from + plane_of(half * 8, plan.plane_units)) + k / kPixelUnits;
-      uint32_t words[8];
+    for (int j = 0; j < kRowItems; j += kLanes) {
+      const int column = (place + j / kPixelUnits) * kColumns;
+      if (column >= columns) break;
+      uint32_t word[8];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) words[j] = is_zero ? 0 : word[j * plan.plane_units * 4];
-      const int64_t at = first + static_cast<int64_t>(column) * shape.channels + half * 8;
+      for (int k = 0; k < 8; ++k) word[k] = is_zero ? 0 : words[k * channel + j / kPixelUnits];
       if constexpr (kResidual) {
 #pragma unroll
-        for (int j = 0; j < 8; j += kVector) {
-          const auto residuals = load_streaming<R, kVector>(params.residual + at + j);
+        for (int k = 0; k < 8; k += kVector) {
+          const auto residuals = load_streaming<R, kVector>(params.residual + at + k);
           float values[kVector];
 #pragma unroll
           for (int l = 0; l < kVector; ++l)
-            values[l] = __uint_as_float(words[j + l]) + to_accumulation(residuals.element[l]);
-          store(params.y + at + j, pack<R>(values));
+            values[l] = __uint_as_float(word[k + l]) + to_accumulation(residuals.element[l]);
+          store(params.y + at + k, pack<R>(values));
         }
       } else {
-        const auto store_column = [&](int64_t to, const uint4& bits) {
+        const auto store_column = [&](R* to, const uint4& bits) {
           Vector<R, kVector> vector;
           std::memcpy(&vector, &bits, sizeof(bits));
-          store(params.y + to, vector);
+          store(to, vector);
         };
-        store_column(at, {lower_halves(words[0], words[1]), lower_halves(words[2], words[3]),
-                          lower_halves(words[4], words[5]), lower_halves(words[6], words[7])});
+        store_column(params.y + at, {lower_halves(word[0], word[1]), lower_halves(word[2], word[3]),
+                                     lower_halves(word[4], word[5]), lower_halves(word[6], word[7])});
         if (column + 1 < columns)
-          store_column(at + shape.channels, {upper_halves(words[0], words[1]), upper_halves(words[2], words[3]),
-                                             upper_halves(words[4], words[5]), upper_halves(words[6], words[7])});
+          store_column(params.y + at + shape.channels,
+                       {upper_halves(word[0], word[1]), upper_halves(word[2], word[3]), upper_halves(word[4], word[5]),
+                        upper_halves(word[6], word[7])});
       }
+      at += static_cast<int64_t>(kLanes / kPixelUnits * kColumns) * shape.channels;
     }
   }
 }

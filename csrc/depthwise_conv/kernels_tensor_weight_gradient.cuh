@@ -132,6 +132,14 @@ __device__ __forceinline__ void write_partials(float* partials, int64_t channels
   if (lane == 0) partials[kTaps * channels] = sum;
 }
 
+// What a block does in a turn. In shared memory, as registers are short.
+struct Work {
+  Patch patch;
+  unsigned live;
+  int left;  // patches of the block, with this one
+};
+static_assert(sizeof(Work) == kWorkBytes);
+
 template <class T, int kBlocks>
 __global__ void __launch_bounds__(kTensorGradientWarps* kWarpSize, 1)
     tensor_weight_gradient_kernel(const __grid_constant__ TensorWeightGradientParams<T> params) {
@@ -139,57 +147,59 @@ __global__ void __launch_bounds__(kTensorGradientWarps* kWarpSize, 1)
   constexpr int kCopyLanes = kBlocks == 1 ? 16 : 32;  // a row of 8 columns is 16 copies
   const TensorPlan& plan = params.plan;
   const Images& shape = params.shape;
-  Patch patch(plan, plan.first_patch(blockIdx.y));
-  int left = static_cast<int>(plan.first_patch(blockIdx.y + 1) - plan.first_patch(blockIdx.y));
 
   SharedMemory shared;
   uint4* const planes = shared.take<uint4>(plan.plane_set_units());
   uint4* const copied = shared.take<uint4>(plan.copied_units());
   uint4* const grad_planes = shared.take<uint4>(plan.grad_plane_set_units());
   uint4* const copied_grad = shared.take<uint4>(plan.copied_grad_units());
+  Work* const work = shared.take<Work>(2);  // this patch's and the next one's
   const int first_channel = static_cast<int>(blockIdx.x) * kTensorChunk;
   const int halves = min((shape.channels - first_channel) / 8, kPixelUnits);
 
-  const auto copy = [&](const Patch& of, unsigned live) {
-    copy_window<kCopyLanes>(copied, params.x, shape, PatchWindow(of, plan, shape, kPadding), of.sample, live,
+  const auto begin = [&](const Patch& patch, int left, int turn) {
+    const unsigned live = live_images(shape, params.sample_scale, plan, patch.sample);
+    if (threadIdx.x == 0) work[turn] = {patch, live, left};
+    copy_window<kCopyLanes>(copied, params.x, shape, PatchWindow(patch, plan, shape, kPadding), patch.sample, live,
                             plan.images, plan.copied_rows, plan.copied_pairs);
-    copy_window<kCopyLanes>(copied_grad, params.grad, shape, PatchWindow(of, plan, shape, 0), of.sample, live,
+    copy_window<kCopyLanes>(copied_grad, params.grad, shape, PatchWindow(patch, plan, shape, 0), patch.sample, live,
                             plan.images, plan.grad_rows, plan.grad_pairs);
     copy_async_commit();
   };
-  unsigned live = live_images(shape, params.sample_scale, plan, patch.sample);
-  copy(patch, live);
+  const int64_t first_patch = plan.first_patch(blockIdx.y);
+  begin(Patch(plan, first_patch), static_cast<int>(plan.first_patch(blockIdx.y + 1) - first_patch), 0);
 
   WeightSums sums;
   float bias[4] = {};
 #pragma unroll
   for (int i = 0; i < (kSize + 1) * 8; ++i) sums[i / 8][i / 4 % 2][i % 4] = 0;
-  for (;; --left) {
+  for (int turn = 0;; turn ^= 1) {
     copy_async_wait<0>();
     __syncthreads();  // the copies are here, and nobody reads the planes any more
-    if (live) {
+    const Work& now = work[turn];
+    if (now.live) {
       transpose_window<kPitch, kSegmentRows>(planes, plan.plane_units, plan.image_units, copied,
-                                             PatchWindow(patch, plan, shape, kPadding), patch.row - kPadding,
-                                             plan.rows + kHaloRows, patch.column - kPadding, live, plan.images,
+                                             PatchWindow(now.patch, plan, shape, kPadding), now.patch.row - kPadding,
+                                             plan.rows + kHaloRows, now.patch.column - kPadding, now.live, plan.images,
                                              plan.copied_rows, plan.copied_pairs, halves);
       transpose_window<kBlocks, kSegmentRows>(grad_planes, plan.grad_plane_units, plan.grad_image_units, copied_grad,
-                                              PatchWindow(patch, plan, shape, 0), patch.row, plan.rows, patch.column,
-                                              live, plan.images, plan.grad_rows, plan.grad_pairs, halves);
+                                              PatchWindow(now.patch, plan, shape, 0), now.patch.row, plan.rows,
+                                              now.patch.column, now.live, plan.images, plan.grad_rows, plan.grad_pairs,
+                                              halves);
     }
     __syncthreads();  // the planes are here, and nobody reads the copies any more
-    const bool works = live != 0;
-    if (left > 1) {
-      patch.advance(plan, shape);
-      live = live_images(shape, params.sample_scale, plan, patch.sample);
-      copy(patch, live);
+    if (now.left > 1) {
+      Patch next = now.patch;
+      next.advance(plan, shape);
+      begin(next, now.left - 1, turn ^ 1);
     }
     const int lane = reread_thread_index() & (kWarpSize - 1), channel = reread_thread_index() >> kWarpBits;
-    if (works && channel < halves * 8) {
+    if (now.live && channel < halves * 8) {
       correlate_planes(sums, bias,
                        PlanePair<T, kBlocks>(plan, grad_planes + plane_of(channel, plan.grad_plane_units),
                                              planes + plane_of(channel, plan.plane_units), lane));
     }
-    if (left == 1) break;
+    if (now.left == 1) break;
   }
 
   // A warp's own plane is read by nobody else: its memory is free.

@@ -12,6 +12,7 @@ constexpr int kUnitBytes = 16;                      // shared memory is counted 
 constexpr int kHaloRows = 2 * kPadding;             // of a patch
 constexpr int kTensorConvolutionWarps = 8;          // of a block, two of which are resident: 128 registers a thread
 constexpr int kTensorGradientWarps = kTensorChunk;  // a warp keeps the sums of one channel from first to last
+constexpr int64_t kWorkBytes = 24;                  // of a Work
 constexpr int kSumUnits = 34;                       // at least, of a plane: 8 x 17 sums take its place at the end
 constexpr int kTableWords = 8;                      // of a row of weights: pairs (-1, 0), (0, 1), ..., (6, 7)
 
@@ -127,7 +128,7 @@ constexpr TensorPlan plan_patches(Kind kind, int64_t samples, int height, int wi
                                                plan.segments, segment_rows * blocks + 1);
     plan.grad_plane_units = plan.images * plan.grad_image_units;
     plan.shared_bytes = padded_to_piece(plan.grad_plane_set_units() * kUnitBytes) +
-                        padded_to_piece(plan.copied_grad_units() * kUnitBytes);
+                        padded_to_piece(plan.copied_grad_units() * kUnitBytes) + padded_to_piece(2 * kWorkBytes);
   }
   plan.shared_bytes +=
       padded_to_piece(plan.plane_set_units() * kUnitBytes) + padded_to_piece(plan.copied_units() * kUnitBytes);
@@ -168,13 +169,13 @@ constexpr VersionCosts count_costs(Kind kind, const TensorPlan& plan, int height
   // 128 lanes for them, 64 on sm_80, whose 164 KiB of shared memory tell it from the others.
   const double lanes = chip.shared_bytes_per_multiprocessor == 164 * 1024 ? 64 : 128;
   const double fma = 49 * 128 / lanes / 0.8 * static_cast<double>(divide_up(width, kStrip) * kStrip) / width;
-  // Version 2, for 128 places of a patch: those outside the image are in vain. Convolution: 8 mma of up to 2 cycles, or
-  // 17 times 128 bytes of shared memory, whichever is more; the gradient: 8.5 mma, and 24 times 128 bytes, one after
-  // the other.
+  // Version 2, for 128 places of a patch: those outside the image are in vain. Convolution: 22 of starting
+  // instructions, more than the 16 of 8 mma of up to 2 cycles or the 17 of shared memory. The gradient: 17 of 8.5 mma
+  // and 24 of shared memory, one after the other.
   const double places =
       1.0 * plan.row_patches * plan.column_patches * kSegments * plan.segment_rows() * plan.blocks * kBlockColumns;
   const double used = static_cast<double>(plan.images) * height * width / places;
-  return {fma, (kind == Kind::kConvolution ? 17 : 41) / used};
+  return {fma, (kind == Kind::kConvolution ? 22 : 41) / used};
 }
 
 // Version 2 pays where arithmetic, and not memory, is what version 1 waits for: on the chips with HBM (sm_80, 90, 100;
