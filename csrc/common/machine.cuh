@@ -86,6 +86,24 @@ __device__ __forceinline__ Vector<T, kSize> load_streaming(const T* from) {
   return vector;
 }
 
+// The same where `valid`; else zeros, and nothing is read. The choice is made between whole registers.
+template <class T, int kSize>
+__device__ __forceinline__ Vector<T, kSize> load_streaming(const T* from, bool valid) {
+  Vector<T, kSize> vector;
+  if constexpr (sizeof(vector) == kVectorBytes) {
+    uint4 bits{0, 0, 0, 0};
+    if (valid) bits = __ldcs(reinterpret_cast<const uint4*>(from));
+    std::memcpy(&vector, &bits, sizeof(bits));
+  } else if constexpr (sizeof(vector) == kVectorBytes / 2) {
+    uint2 bits{0, 0};
+    if (valid) bits = __ldcs(reinterpret_cast<const uint2*>(from));
+    std::memcpy(&vector, &bits, sizeof(bits));
+  } else {
+    vector = valid ? load_streaming<T, kSize>(from) : Vector<T, kSize>{};
+  }
+  return vector;
+}
+
 // To global memory. PTX, as the compiler splits some plain assignments of 16 bytes into four of 4.
 template <class T, int kSize>
 __device__ __forceinline__ void store(T* to, const Vector<T, kSize>& vector) {
@@ -115,8 +133,19 @@ __device__ __forceinline__ void store(T* to, const Vector<T, kSize>& vector) {
 
 template <class T, int kSize>
 __device__ __forceinline__ void unpack(Accumulation<T> (&values)[kSize], const Vector<T, kSize>& vector) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16> && kSize % 2 == 0) {
+    // One instruction an element, of a pair in a register; the compiler's own way takes two.
+    uint32_t pairs[kSize / 2];
+    std::memcpy(pairs, &vector, sizeof(vector));
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) values[i] = to_accumulation(vector.element[i]);
+    for (int i = 0; i < kSize; i += 2) {
+      values[i] = __uint_as_float(pairs[i / 2] << 16);
+      values[i + 1] = __uint_as_float(pairs[i / 2] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) values[i] = to_accumulation(vector.element[i]);
+  }
 }
 
 template <class T, int kSize>
@@ -410,6 +439,22 @@ __device__ __forceinline__ void prefetch_to_l2(const void* global) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 #else
   static_cast<void>(*static_cast<const volatile char*>(global));
+#endif
+}
+
+// For a kernel without registers to spare: what was computed from the vector before is not kept for after.
+template <class T, int kSize>
+__device__ __forceinline__ void forget(Vector<T, kSize>& vector) {
+#if defined(__CUDACC__)
+  if constexpr (sizeof(vector) % sizeof(uint32_t) == 0) {
+    uint32_t bits[sizeof(vector) / sizeof(uint32_t)];
+    std::memcpy(bits, &vector, sizeof(bits));
+#pragma unroll
+    for (uint32_t& part : bits) asm volatile("" : "+r"(part));
+    std::memcpy(&vector, bits, sizeof(bits));
+  }
+#else
+  (void)vector;
 #endif
 }
 

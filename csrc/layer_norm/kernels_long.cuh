@@ -5,6 +5,16 @@
 
 namespace convnext_kernels {
 
+// 1 / x for a number of elements: the compiler's own division is a call, before which registers would be saved.
+__device__ __forceinline__ float reciprocal(float x) {
+  return reciprocal_approximate(x);
+}
+__device__ __forceinline__ double reciprocal(double x) {
+  double result = reciprocal_approximate(static_cast<float>(x));
+  for (int step = 0; step < 2; ++step) result = fused_multiply_add(fused_multiply_add(-x, result, 1.0), result, result);
+  return result;
+}
+
 // Number, mean, and sum of squared distances from the mean, of some values (Chan, Golub, LeVeque 1979, Updating
 // formulae and a pairwise algorithm for computing sample variances): exact where E[x^2] - E[x]^2 would cancel.
 template <class A>
@@ -14,7 +24,7 @@ struct Moments {
   __device__ __forceinline__ void add(const Moments& other) {
     const A total = count + other.count;
     if (total == A(0)) return;
-    const A distance = other.mean - mean, share = other.count / total;
+    const A distance = other.mean - mean, share = other.count * reciprocal(total);
     mean += distance * share;
     squares += other.squares + distance * distance * count * share;
     count = total;
@@ -38,7 +48,7 @@ __device__ __forceinline__ Moments<Accumulation<T>> moments_of_row(const T* row,
       part.count += at < channels ? A(1) : A(0);
       part.mean += value[i];
     }
-    part.mean /= part.count;
+    part.mean *= reciprocal(part.count);
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
       const A centred = c + i * kLayerNormThreads < channels ? value[i] - part.mean : A(0);
@@ -65,7 +75,8 @@ __device__ __forceinline__ Moments<Accumulation<T>> moments_of_row(const T* row,
 template <class T, class R>
 __global__ void __launch_bounds__(kLayerNormThreads)
     layer_norm_long_kernel(const __grid_constant__ LayerNormParams<T, R> params,
-                           const __grid_constant__ SampleRows<Accumulation<T>> samples, bool given) {
+                           const __grid_constant__ SampleRows<Accumulation<T>> samples,
+                           const __grid_constant__ RowLength<Accumulation<T>> length, bool given) {
   using A = Accumulation<T>;
   SharedMemory shared;
   auto* const warps = shared.take<Moments<A>>(kLayerNormWarps);
@@ -80,11 +91,11 @@ __global__ void __launch_bounds__(kLayerNormThreads)
       if (live) {
         const Moments<A> moments = moments_of_row(x, params.channels, warps);
         mean = moments.mean;
-        rstd = reciprocal_square_root(moments.squares / moments.count + params.eps);
+        rstd = reciprocal_square_root(moments.squares * length.inverse + params.eps);
       }
       if (threadIdx.x == 0) params.mean[row] = mean, params.rstd[row] = rstd;
     }
-#pragma unroll 4
+#pragma unroll 1
     for (int64_t c = threadIdx.x; c < params.channels; c += kLayerNormThreads) {
       A weight[1] = {A(1)}, bias[1];
       if (params.weight.data) load_parameter(weight, params.weight, c);
@@ -98,19 +109,19 @@ __global__ void __launch_bounds__(kLayerNormThreads)
 template <class G, class T>
 __global__ void __launch_bounds__(kLayerNormThreads)
     layer_norm_long_backward_kernel(const __grid_constant__ LayerNormBackwardParams<G, T> params,
-                                    const __grid_constant__ SampleRows<Accumulation<T>> samples) {
+                                    const __grid_constant__ SampleRows<Accumulation<T>> samples,
+                                    const __grid_constant__ RowLength<Accumulation<T>> length) {
   using A = Accumulation<T>;
   SharedMemory shared;
   A* sums_now = shared.take<A>(2 * kLayerNormWarps);
   A* sums_next = shared.take<A>(2 * kLayerNormWarps);
-  const A inverse = A(1) / static_cast<A>(params.channels);
   for (int64_t row = blockIdx.x; row < params.rows; row += gridDim.x) {
     const T* const x = params.x + row * params.channels;
     const G* const grad = params.grad + row * params.channels;
     const bool live = samples.has(static_cast<int>(row));
     const A mean = live ? params.mean[row] : A(0), rstd = live ? params.rstd[row] : A(0);
     const auto for_each_column = [&](auto&& function) {
-#pragma unroll 4
+#pragma unroll 1
       for (int64_t c = threadIdx.x; c < params.channels; c += kLayerNormThreads) {
         A weight[1] = {A(1)};
         if (params.weight.data) load_parameter(weight, params.weight, c);
@@ -127,7 +138,7 @@ __global__ void __launch_bounds__(kLayerNormThreads)
     row_sums(sums, sums_now);
     std::swap(sums_now, sums_next);
     T* const grad_x = params.grad_x + row * params.channels;
-    const A mean_s = sums[0] * inverse, mean_sn = sums[1] * inverse;
+    const A mean_s = sums[0] * length.inverse, mean_sn = sums[1] * length.inverse;
     if (live) {
       for_each_column(
           [&](int64_t c, A n, A s) { grad_x[c] = from_accumulation<T>((s - mean_s - n * mean_sn) * rstd); });

@@ -25,6 +25,11 @@ void dispatch_layer_norm(const LayerNormPlan& plan, Function&& function) {
   with_size.template operator()<1>();
 }
 
+template <class A>
+RowLength<A> row_length(int64_t channels) {
+  return {static_cast<A>(channels), A(1) / static_cast<A>(channels)};
+}
+
 inline LaunchShape layer_norm_shape(const LayerNormPlan& plan, cudaStream_t stream) {
   return {dim3(static_cast<unsigned>(plan.blocks)),
           dim3(static_cast<unsigned>(plan.row_threads), static_cast<unsigned>(plan.block_rows)),
@@ -38,9 +43,11 @@ void launch_layer_norm_of(const char* op, const LayerNormParams<T, R>& params, b
   if (plan.blocks == 0) return;
   const auto samples = sample_rows(params.sample_scale, params.first_row, params.rows_per_sample);
   const LaunchShape shape = layer_norm_shape(plan, stream);
-  if (plan.vectors == 0) return launch(op, layer_norm_long_kernel<T, R>, shape, params, samples, given);
+  const auto length = row_length<Accumulation<T>>(params.channels);
+  if (plan.vectors == 0) return launch(op, layer_norm_long_kernel<T, R>, shape, params, samples, length, given);
   dispatch_layer_norm<false, T, R>(plan, [&](auto size, auto vectors) {
-    launch(op, layer_norm_kernel<T, R, decltype(size)::value, decltype(vectors)::value>, shape, params, samples, given);
+    launch(op, layer_norm_kernel<T, R, decltype(size)::value, decltype(vectors)::value>, shape, params, samples, length,
+           given);
   });
 }
 
@@ -63,8 +70,9 @@ void launch_layer_norm_backward_partials(const char* op, const LayerNormPlan& pl
   if (plan.blocks == 0 || !(sums || params.grad_x)) return;
   const auto samples = sample_rows(params.sample_scale, params.first_row, params.rows_per_sample);
   const LaunchShape shape = layer_norm_shape(plan, stream);
+  const auto length = row_length<Accumulation<T>>(params.channels);
   if (plan.vectors == 0) {
-    if (params.grad_x) launch(op, layer_norm_long_backward_kernel<G, T>, shape, params, samples);
+    if (params.grad_x) launch(op, layer_norm_long_backward_kernel<G, T>, shape, params, samples, length);
     if (!sums) return;
     const int64_t column_blocks = (params.channels + kLayerNormThreads - 1) / kLayerNormThreads;
     const dim3 grid(static_cast<unsigned>(column_blocks), static_cast<unsigned>(plan.sum_blocks));
@@ -72,7 +80,7 @@ void launch_layer_norm_backward_partials(const char* op, const LayerNormPlan& pl
   }
   dispatch_layer_norm<true, G, T>(plan, [&](auto size, auto vectors) {
     launch(op, layer_norm_backward_kernel<G, T, decltype(size)::value, decltype(vectors)::value>, shape, params,
-           samples);
+           samples, length);
   });
 }
 

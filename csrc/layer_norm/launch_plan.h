@@ -42,11 +42,11 @@ constexpr bool layer_norm_has_kernel(bool backward, int vector_size, int vectors
 
 // Blocks of kLayerNormThreads that fit on a multiprocessor by their registers, for kernels that hold so many elements
 // of a row a thread: what __launch_bounds__ asks for.
-constexpr int layer_norm_blocks_per_sm(bool backward, int vector_size, int elements, size_t accumulation_bytes) {
+constexpr int layer_norm_blocks_per_sm(bool backward, int vector_size, int elements, int accumulation_bytes) {
   if (accumulation_bytes == 8) return backward ? 1 : 2;  // fp64 is there to check the others against
   if (vector_size == 1 && elements > 4) return backward ? 1 : 3;
   if (backward) return elements > 12 ? 2 : 3;  // 128 registers a thread, or 80
-  return elements > 12 ? 4 : 5;                // 64, or 48
+  return elements > 24 ? 2 : 4;                // 128, or 64
 }
 
 // The widest vector that both types and the row allow. `aligned`: every tensor begins at a multiple of 16 bytes.
@@ -67,13 +67,13 @@ constexpr int64_t layer_norm_row_threads(int64_t row_vectors, int vectors) {
   return threads;
 }
 
-// Shared memory of a block: the parameters in the accumulation type, what warps of the same row tell each other, and in
-// the backward the sums of every row of threads.
-constexpr int64_t layer_norm_shared_bytes(bool backward, int64_t channels, int block_rows, int64_t accumulation_bytes) {
-  const auto piece = [](int64_t bytes) { return (bytes + 127) / 128 * 128; };
-  const int64_t parameter = piece(channels * accumulation_bytes),
-                warps = piece(kLayerNormThreads / 32 * 2 * accumulation_bytes);
-  return backward ? parameter + 2 * warps + piece(channels * block_rows * accumulation_bytes) : 2 * parameter + warps;
+// Shared memory of a block: the parameters of all slots in the accumulation type, what warps of the same row tell each
+// other, and in the backward the sums of every row of threads.
+constexpr int64_t layer_norm_shared_bytes(bool backward, int64_t slots, int64_t block_sums,
+                                          int64_t accumulation_bytes) {
+  const auto piece = [&](int64_t elements) { return (elements * accumulation_bytes + 127) / 128 * 128; };
+  const int64_t warps = piece(2 * kLayerNormThreads / 32);
+  return backward ? piece(slots) + 2 * warps + piece(block_sums) : 2 * piece(slots) + warps;
 }
 
 inline LayerNormPlan plan_layer_norm_of(bool backward, int64_t rows, int64_t channels, size_t bytes, size_t other_bytes,
@@ -81,10 +81,7 @@ inline LayerNormPlan plan_layer_norm_of(bool backward, int64_t rows, int64_t cha
   constexpr int64_t kMostSharedBytes = 64 * 1024;
   LayerNormPlan plan;
   if (rows == 0 || channels == 0) return plan;
-  const size_t accumulation_bytes = std::max(bytes, other_bytes) == 8 ? 8 : 4;
-  const auto shared_bytes = [&](int block_rows) {
-    return layer_norm_shared_bytes(backward, channels, block_rows, static_cast<int64_t>(accumulation_bytes));
-  };
+  const int accumulation_bytes = std::max(bytes, other_bytes) == 8 ? 8 : 4;
   plan.vector_size = layer_norm_vector_size(channels, bytes, other_bytes, aligned);
   const int64_t row_vectors = channels / plan.vector_size;
 
@@ -93,21 +90,24 @@ inline LayerNormPlan plan_layer_norm_of(bool backward, int64_t rows, int64_t cha
   int64_t least_slots = 0;
   for (int vectors = 1; vectors <= kLayerNormMostVectors; ++vectors) {
     if (!layer_norm_has_kernel(backward, plan.vector_size, vectors)) continue;
-    const int64_t threads = layer_norm_row_threads(row_vectors, vectors);
+    const int64_t threads = layer_norm_row_threads(row_vectors, vectors), slots = threads * vectors;
+    if (threads > kLayerNormThreads) continue;
     // A lane with a row to itself would read pieces of it far apart.
-    const bool alone = threads == 1 && plan.vector_size > 1 && row_vectors > 2;
-    if (threads > kLayerNormThreads || shared_bytes(1) > kMostSharedBytes || alone) continue;
-    const int64_t slots = threads * vectors;
+    if (threads == 1 && plan.vector_size > 1 && row_vectors > 2) continue;
+    const int64_t shared = layer_norm_shared_bytes(backward, slots * plan.vector_size,
+                                                   kLayerNormThreads / threads * channels, accumulation_bytes);
+    if (shared > kMostSharedBytes) continue;
     if (plan.vectors && (slots > least_slots || (slots == least_slots && plan.vector_size == 1))) continue;
     least_slots = slots;
     plan.vectors = vectors;
     plan.row_threads = static_cast<int>(threads);
+    plan.shared_bytes = shared;
   }
   if (plan.vectors == 0) {  // a long row
     plan.vector_size = 1;
     plan.row_threads = kLayerNormThreads;
     plan.block_rows = 1;
-    plan.shared_bytes = layer_norm_shared_bytes(true, 0, 0, static_cast<int64_t>(accumulation_bytes));
+    plan.shared_bytes = layer_norm_shared_bytes(true, 0, 0, accumulation_bytes);
     const int64_t most = std::max<int64_t>(int64_t{chip.multiprocessors} * kLayerNormLongBlocks, 1);
     plan.blocks = static_cast<int>(std::min(rows, most));
     const int64_t column_blocks = (channels + kLayerNormThreads - 1) / kLayerNormThreads;
@@ -116,7 +116,6 @@ inline LayerNormPlan plan_layer_norm_of(bool backward, int64_t rows, int64_t cha
   }
 
   plan.block_rows = kLayerNormThreads / plan.row_threads;
-  plan.shared_bytes = shared_bytes(plan.block_rows);
   const int64_t fit = chip.shared_bytes_per_multiprocessor / (plan.shared_bytes + kLayerNormBlockOverhead);
   const int elements = plan.vector_size * plan.vectors;
   const int64_t resident =
