@@ -3,6 +3,7 @@
 On a GPU, or where TRITON_INTERPRET=1 is set on CPU tensors of a few rows (tests/test_triton_mlp.py runs that).
 """
 
+import contextlib
 import math
 
 import pytest
@@ -15,12 +16,21 @@ import triton
 import triton.language as tl
 
 import convnext_kernels
+import triton_tools
 from convnext_kernels.triton_kernels import device, launch, mlp_forward
 from convnext_kernels.triton_kernels.mlp_forward import layer_norm_mlp
 from triton_mlp_cases import DEVICE, FORMS, MODES, Case, form
 
 pytestmark = [] if launch.INTERPRETED else pytest.mark.gpu
 on_a_gpu_only = pytest.mark.skipif(launch.INTERPRETED, reason="what is tested here is the GPU's")
+
+
+@pytest.fixture(autouse=True)
+def inside_the_tensors():
+    """No access outside: what is masked later, a GPU would still read."""
+    with triton_tools.bounds_checked() if launch.INTERPRETED else contextlib.nullcontext():
+        yield
+
 
 ODD = (3, 5, 5)  # 75 rows in 3 samples: no tile's multiple
 
@@ -82,6 +92,21 @@ def test_sample_order(samples):
         expected = torch.argsort((each == 0).to(torch.int8), stable=True)
         assert torch.equal(order.long(), expected)
         assert count.item() == (each != 0).sum().item()
+
+
+@triton.jit
+def _copy_kernel(x, y, N: tl.constexpr, SHIFT: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(y + i, tl.load(x + i + SHIFT))
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="the interpreter's")
+def test_access_outside_is_seen():
+    x, y = torch.zeros(64)[16:32], torch.zeros(16)
+    launch.run(_copy_kernel, (1,), x, y, N=16, SHIFT=0)
+    for shift in (-1, 1):
+        with pytest.raises(Exception, match="1 of 16 accesses are outside the tensors"):
+            launch.run(_copy_kernel, (1,), x, y, N=16, SHIFT=shift)
 
 
 # --- values
