@@ -30,6 +30,7 @@ __all__ = [
     "row_tiles",
     "run",
     "sample_order",
+    "tiles_of",
     "why_not_device",
     "why_not_tensor",
 ]
@@ -208,11 +209,16 @@ def column_pieces(columns: int) -> tuple[int, int]:
     return first, 0 if rest <= 0 else max(16, triton.next_power_of_2(rest))
 
 
+def tiles_of(count: int, size: int) -> int:
+    """How many tiles of `size` hold `count`: triton.cdiv, which takes microseconds outside a kernel."""
+    return -(-count // size)
+
+
 def row_tiles(rows: int, rows_per_sample: int, block_m: int, per_sample: bool) -> int:
     """How many tiles device.tile_rows makes of `rows` rows."""
     if per_sample:
-        return rows // rows_per_sample * triton.cdiv(rows_per_sample, block_m)
-    return triton.cdiv(rows, block_m)
+        return rows // rows_per_sample * tiles_of(rows_per_sample, block_m)
+    return tiles_of(rows, block_m)
 
 
 @triton.jit(do_not_specialize=["samples"])

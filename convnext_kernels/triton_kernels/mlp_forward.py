@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -223,7 +222,7 @@ def layer_norm_mlp(
 
     y = torch.empty(z.shape, dtype=out_dtype, device=z.device)
     mean = torch.empty(z.shape[:-1], dtype=torch.float32, device=z.device)
-    rstd = torch.empty_like(mean)
+    rstd = torch.empty(z.shape[:-1], dtype=torch.float32, device=z.device)
     hidden = z.new_empty((*z.shape[:-1], hidden_columns) if keep_hidden else (0,))
     if mean.numel():
         with launch.device_guard(z):
@@ -291,7 +290,7 @@ class _Call:
         """Whether tiles begin anew at every image: GRN alone asks, and large images say yes."""
         if self.grn[0] is None:
             return False
-        padded = triton.cdiv(self.rows_per_sample, block_m) * block_m
+        padded = launch.tiles_of(self.rows_per_sample, block_m) * block_m
         return padded <= (1 + PER_SAMPLE_WASTE) * self.rows_per_sample
 
 
@@ -375,13 +374,15 @@ def _run_two_kernels(call: _Call) -> None:
     order, live_count = call.order
     chip = launch.chip_of(z)
     first_piece, second_piece = launch.column_pieces(channels)
-    norm_rows = max(1, 4096 // triton.next_power_of_2(channels))
+    norm_rows = max(1, 4096 >> (channels - 1).bit_length())
     fc1, fc2 = call.choose("mlp_fc1"), call.choose("mlp_fc2")
 
     unit = per_image if has_grn else 128
     row_bytes = (channels + hidden_columns) * z.element_size()
     most = max(1, WORKSPACE_BYTES // (row_bytes * unit)) * unit
-    chunk = triton.cdiv(triton.cdiv(call.rows, triton.cdiv(call.rows, most)), unit) * unit  # all about the same
+    chunk = (
+        launch.tiles_of(launch.tiles_of(call.rows, launch.tiles_of(call.rows, most)), unit) * unit
+    )  # all about the same
     chunk = min(chunk, call.rows)
     a = z.new_empty((chunk, channels))
     g = z.new_empty((chunk, hidden_columns))
@@ -390,7 +391,7 @@ def _run_two_kernels(call: _Call) -> None:
         where = (first, rows, per_image)
         launch.run(
             norm_kernel,
-            (triton.cdiv(rows, norm_rows),),
+            (launch.tiles_of(rows, norm_rows),),
             z,
             call.residual,
             *call.norm,
@@ -464,7 +465,7 @@ def _run_two_kernels(call: _Call) -> None:
 
 def _persistent(chosen: config.Config, row_tiles: int, columns: int, chip: launch.Chip) -> tuple[int]:
     """As many programs as run at once, or as there are tiles."""
-    return (min(row_tiles * triton.cdiv(columns, chosen["BLOCK_N"]), chosen["PROGRAMS"] * chip.multiprocessors),)
+    return (min(row_tiles * launch.tiles_of(columns, chosen["BLOCK_N"]), chosen["PROGRAMS"] * chip.multiprocessors),)
 
 
 def _constants(chosen: config.Config) -> dict[str, int]:
@@ -476,6 +477,8 @@ def _tiled(chosen: config.Config, rows: Tensor, weight: Tensor) -> tuple[Any, An
     if not chosen["TMA"]:
         return rows, weight
     depth = chosen["BLOCK_K"]
+    if weight.data_ptr() % 16:  # a parameter that is a slice of something: TMA reads from multiples of 16 bytes
+        weight = weight.clone()
     return (
         TensorDescriptor.from_tensor(rows, [chosen["BLOCK_M"], depth]),
         TensorDescriptor.from_tensor(weight, [chosen["BLOCK_N"], depth]),

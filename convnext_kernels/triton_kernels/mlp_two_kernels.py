@@ -13,6 +13,10 @@ GELU takes about as long as the product it follows at C = 512: fc1_kernel's tile
 multiprocessor, so that one's epilogue overlaps the other's product. Both kernels are persistent, and take tiles in
 groups of rows, so that the weights' and the rows' tiles are found in L2.
 
+On sm_90 and later tiles come by TMA (config TMA). Warp specialisation of the persistent loops (tl.range's
+warp_specialize, triton 3.8) changed nothing in the code for sm_90; for sm_100 it compiled for the plain epilogues alone
+(GRN's was refused by ptxas, and fc2_kernel spilled), so it is left out until a GPU can say what it is worth.
+
 Rows are those of `order` (launch.sample_order), packed: rows of dropped samples are at the end and are not computed.
 """
 
