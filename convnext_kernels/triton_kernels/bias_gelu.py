@@ -77,6 +77,10 @@ def _default(problem: config.Problem) -> config.Config:
     return config.Config({"BLOCK_ROWS": 32, "BLOCK_K": 64}, num_warps=4)
 
 
+def _default_backward(problem: config.Problem) -> config.Config:
+    return config.Config({"BLOCK_ROWS": 16, "BLOCK_K": 64}, num_warps=4)
+
+
 def _candidates(problem: config.Problem) -> list[config.Config]:
     sizes = [(rows, columns, warps) for rows in (8, 16, 32, 64) for columns in (64, 128, 256) for warps in (2, 4, 8)]
     return [
@@ -87,7 +91,7 @@ def _candidates(problem: config.Problem) -> list[config.Config]:
 
 
 config.declare("bias_gelu", default=_default, candidates=_candidates)
-config.declare("bias_gelu_backward", default=_default, candidates=_candidates)
+config.declare("bias_gelu_backward", default=_default_backward, candidates=_candidates)
 
 
 def _constants(kernel: str, x: Tensor, rows: int, approximate: str) -> dict[str, int]:

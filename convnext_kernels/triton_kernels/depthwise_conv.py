@@ -30,6 +30,9 @@ __all__ = ["depthwise_conv2d", "depthwise_conv2d_input_grad", "depthwise_conv2d_
 # Programs a multiprocessor is given, each of one warp: about what the registers of the tuned case let it hold.
 _PROGRAMS_A_MULTIPROCESSOR = 16
 
+# Left to itself the assembler holds the tuned kernels to the 168 registers of three warps a scheduler, and spills two.
+_MOST_REGISTERS = 224
+
 # Rows of a band at least: k - 1 rows around it are read for nothing.
 _LEAST_BAND = 14
 
@@ -355,6 +358,7 @@ def _plan(kernel: str, like: Tensor, kernel_size: int) -> tuple[tuple[int, int],
     constants = {
         "C": channels,
         "K": kernel_size,
+        "maxnreg": _MOST_REGISTERS,
         **chosen.meta,
         "STRIP": triton.cdiv(width, strips),  # not wider than it need be: 28 columns are 4 strips of 7
     }
