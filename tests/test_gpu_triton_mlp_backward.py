@@ -11,7 +11,7 @@ import test_mlp_cpu
 from convnext_kernels import reference_backend
 from convnext_kernels.triton_kernels import launch
 from convnext_kernels.triton_kernels.launch import INTERPRETED
-from convnext_kernels.triton_kernels.mlp_backward import WORKSPACE_BYTES, layer_norm_mlp_backward
+from convnext_kernels.triton_kernels.mlp_backward import layer_norm_mlp_backward
 from test_mlp_cpu import EVERYTHING, NAMES
 
 pytestmark = [] if INTERPRETED else pytest.mark.gpu
@@ -30,7 +30,7 @@ def device():
 class Case(test_mlp_cpu.Case):
     """Arguments whose backward runs through Triton. Dropped samples hold NaN in whatever is read."""
 
-    workspace = WORKSPACE_BYTES
+    workspace = None  # the configuration's
 
     def run(self, approximate="none", keep_hidden=False, mask=EVERYTHING):
         z, grad = self.poisoned(self.z), self.poisoned(self.grad)
@@ -97,9 +97,9 @@ def test_several_chunks(mode, grn, drop, launches):
 
 def test_several_splits_of_the_rows(monkeypatch, launches):
     """Sums of weights from several programs, the last of them without rows."""
-    from convnext_kernels.triton_kernels import mlp_backward
+    from convnext_kernels.triton_kernels import mlp_backward_call
 
-    monkeypatch.setattr(mlp_backward, "_splits", lambda *_: 5)
+    monkeypatch.setattr(mlp_backward_call, "weight_splits", lambda *_: 5)
     case = Case("fp32", (3, 9, 9, 24), grn=False, drop=True)
     case.check()
     case.workspace = 200_000

@@ -6,7 +6,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from convnext_kernels.triton_kernels import launch
+from convnext_kernels import triton_kernels
+from convnext_kernels.triton_kernels import config, launch
 from convnext_kernels.triton_kernels.mlp_backward import WORKSPACE_BYTES, layer_norm_mlp_backward
 from triton_tools import compile_launch, in_interpreter
 
@@ -140,3 +141,25 @@ def test_rows_are_covered_once():
             assert one.grid == (tiles,)
             first += count
         assert first == rows
+
+
+def test_candidates_have_the_kernels_blocks():
+    """Candidates have the blocks that the kernels take, and the defaults' names."""
+    for kernel in (name for name in config.declared() if name.startswith("mlp_backward")):
+        for chip in (80, 90, 120):
+            for channels in (40, 96, 384, 768):
+                problem = config.Problem(channels, 4 * channels, torch.bfloat16, 65536, chip)
+                candidates = config.candidates(kernel, problem)
+                assert len(candidates) == len(set(candidates)) > 1
+                assert len({tuple(sorted(candidate.blocks)) for candidate in candidates}) == 1, kernel
+
+
+def test_takes_multiples_of_eight():
+    with launch.recorded(launch.chip_of_architecture(90)):
+        assert triton_kernels.why_not("layer_norm_mlp_backward", *arguments((2, 3, 24), torch.float16)) is None
+        for channels, hidden in ((20, 80), (24, 100)):
+            given = arguments((2, 3, channels), torch.float16, hidden=hidden)
+            reason = triton_kernels.why_not("layer_norm_mlp_backward", *given)
+            assert f"C = {channels} with K = {hidden}" in reason
+            with pytest.raises(RuntimeError, match="multiples of 8"):
+                layer_norm_mlp_backward(*given)

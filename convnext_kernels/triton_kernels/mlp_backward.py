@@ -1,5 +1,5 @@
-"""layer_norm_mlp_backward in Triton: the plan of one call. The kernels are in mlp_backward_products.py (the matrix
-products) and mlp_backward_passes.py (everything around them).
+"""layer_norm_mlp_backward in Triton: what is computed, in which order, and the operator. mlp_backward_call.py runs a
+call; the kernels are in mlp_backward_products.py (the matrix products) and mlp_backward_passes.py (the rest).
 
 With hat = (z - mean) rstd, omega and theta LayerNorm's weight and bias, s the sample scale, gamma the layer scale and
 u = s dY, of every live row r, in the order it is computed:
@@ -26,36 +26,16 @@ over rows are parts in memory, each written by one program at a time, and added 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from ..reference import GRN_EPS
-from . import config, launch
-from .mlp_backward_passes import (
-    column_sums_kernel,
-    fc1_gradients_kernel,
-    fc2_gradients_kernel,
-    fold_layer_scale_kernel,
-    fold_norm_kernel,
-    grn_activation_kernel,
-    grn_factors_kernel,
-    norm_backward_kernel,
-    prepare_kernel,
-)
-from .mlp_backward_products import (
-    hidden_gradients_kernel,
-    input_gradient_kernel,
-    norm_gradient_kernel,
-    weight_gradient_kernel,
-)
+from . import launch
+from .mlp_backward_call import MlpBackward
+from .mlp_backward_config import WORKSPACE_BYTES
 
 __all__ = ["WORKSPACE_BYTES", "layer_norm_mlp_backward", "why_not"]
-
-#: What the buffers of a chunk and the parts may take together; with GRN at least one image's rows, whatever they take.
-WORKSPACE_BYTES = 256 << 20
 
 _OPERATOR = "layer_norm_mlp_backward"
 
@@ -70,79 +50,6 @@ _PARAMETERS = (
     "fc2_bias",
     "layer_scale",
 )
-
-# Bits of output_mask.
-_Z, _NORM_WEIGHT, _NORM_BIAS, _FC1_WEIGHT, _FC1_BIAS, _GRN_WEIGHT, _GRN_BIAS, _FC2_WEIGHT, _FC2_BIAS, _LAYER_SCALE = (
-    range(10)
-)
-
-#: The most columns that the product with LayerNorm's backward in its epilogue holds.
-_MOST_NORM_COLUMNS = 256
-
-_ACTIVATION_ROWS, _ACTIVATION_COLUMNS = 16, 128  # a step of GRN's second pass
-_SEGMENT_ROWS = 256  # of an image, for a program of it
-_FINISH_ROWS, _FINISH_COLUMNS = 16, 64  # a tile of W1's gradient, for a program
-
-
-# --- configurations
-
-
-def _asynchronous(problem: config.Problem) -> bool:
-    """Whether products read their operands from shared memory (wgmma, tcgen05): more registers are left for sums."""
-    return 90 <= problem.chip < 120
-
-
-def _stages(problem: config.Problem, stage_bytes: int, most: int = 3) -> int:
-    """num_stages for as many buffers of `stage_bytes` as fit the chip, at most `most`."""
-    buffers = (launch.chip_of_architecture(problem.chip).shared_bytes - 4096) // stage_bytes
-    # mma.sync's operands go through registers: Triton keeps a buffer less than there are stages.
-    return max(1, min(most, buffers)) + (not _asynchronous(problem))
-
-
-def _hidden_default(problem: config.Problem, block_n: int = 128) -> config.Config:
-    if problem.dtype.itemsize == 4:  # products of fp32 run on the fp32 units, out of registers
-        return config.Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_C": 16, "GROUP": 8}, num_warps=8, num_stages=2)
-    block_m, block_c = 128, 64 if problem.channels % 64 == 0 else 32
-    if not _asynchronous(problem):
-        block_m, block_n, block_c = 64, 128, 32
-    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_C": block_c, "GROUP": 8}
-    return config.Config(blocks, num_warps=8, num_stages=_stages(problem, 4 * (block_m + block_n) * block_c))
-
-
-def _weight_default(problem: config.Problem) -> config.Config:
-    if problem.dtype.itemsize == 4:
-        blocks = {"BLOCK_P": 64, "BLOCK_Q0": 64, "BLOCK_Q1": 0, "BLOCK_R": 16}
-        return config.Config(blocks, num_warps=8, num_stages=2)
-    q0, q1 = launch.column_pieces(problem.channels)
-    if q0 + q1 > (192 if _asynchronous(problem) else 128):
-        q0, q1 = (128, 0) if problem.channels % 128 == 0 else (64, 32) if problem.channels % 96 == 0 else (64, 0)
-    blocks = {"BLOCK_P": 128, "BLOCK_Q0": q0, "BLOCK_Q1": q1, "BLOCK_R": 64}
-    return config.Config(blocks, num_warps=8, num_stages=_stages(problem, 2 * 64 * (128 + q0 + q1)))
-
-
-def _norm_default(problem: config.Problem) -> config.Config:
-    if problem.dtype.itemsize == 4:
-        return config.Config({"BLOCK_M": 32, "BLOCK_K": 16}, num_warps=8, num_stages=2)
-    columns = sum(launch.column_pieces(problem.channels))
-    rows, block_k = 64 if columns > 96 else 128, 64 if _asynchronous(problem) else 32
-    stages = _stages(problem, 2 * block_k * (rows + columns))
-    return config.Config({"BLOCK_M": rows, "BLOCK_K": block_k}, num_warps=8, num_stages=stages)
-
-
-def _input_default(problem: config.Problem) -> config.Config:
-    if problem.dtype.itemsize == 4:
-        return config.Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP": 8}, num_warps=8, num_stages=2)
-    blocks = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8}
-    return config.Config(blocks, num_warps=8, num_stages=_stages(problem, 2 * 64 * 256))
-
-
-config.declare("mlp_backward_hidden", default=_hidden_default)
-# GRN's epilogue, and one that loads h, need registers that a wide tile's sums would take.
-config.declare("mlp_backward_hidden_grn", default=functools.partial(_hidden_default, block_n=64))
-config.declare("mlp_backward_hidden_kept", default=functools.partial(_hidden_default, block_n=64))
-config.declare("mlp_backward_weight", default=_weight_default)
-config.declare("mlp_backward_norm", default=_norm_default)
-config.declare("mlp_backward_input", default=_input_default)
 
 
 # --- the operator
@@ -175,7 +82,7 @@ def layer_norm_mlp_backward(
     approximate: str,
     output_mask: int,
     *,
-    workspace_bytes: int = WORKSPACE_BYTES,
+    workspace_bytes: int | None = None,
 ) -> tuple[Tensor, ...]:
     """The raw operator: the gradients of z and of the nine parameters; an empty tensor where none was asked for.
 
@@ -183,7 +90,8 @@ def layer_norm_mlp_backward(
         grad: (N, ..., C), fp32, fp16 or bf16. z: the same shape, fp32, fp16 or bf16: the compute dtype.
         mean, rstd: (N, ...) fp32. hidden: (N, ..., K) in the compute dtype, or (0,): h is computed again.
         sample_scale: (N,) fp32. The parameters may be of any of the dtypes. C and K are multiples of 8.
-        workspace_bytes: what buffers and parts may take together, as far as that can be.
+        workspace_bytes: what buffers and parts may take together (with GRN at least an image's rows); by default what
+            the configuration says, at most WORKSPACE_BYTES.
 
     Raises:
         RuntimeError: an argument that the kernels cannot take, by name.
@@ -193,7 +101,7 @@ def layer_norm_mlp_backward(
     exists = [True, *(parameter is not None for parameter in parameters)]
     wanted = [there and bool(output_mask >> i & 1) for i, there in enumerate(exists)]
     results = [
-        z.new_empty(like.shape if want else (0,), dtype=z.dtype if want and i == _Z else torch.float32)
+        z.new_empty(like.shape if want else (0,), dtype=z.dtype if want and i == 0 else torch.float32)
         for i, (like, want) in enumerate(zip((z, *parameters), wanted))
     ]
     if mean.numel() == 0:
@@ -201,7 +109,7 @@ def layer_norm_mlp_backward(
             result.zero_()
     elif any(wanted):
         with launch.device_guard(z):
-            _Backward(grad, z, mean, rstd, hidden, *parameters, sample_scale, approximate, wanted, results).run(
+            MlpBackward(grad, z, mean, rstd, hidden, *parameters, sample_scale, approximate, wanted, results).run(
                 workspace_bytes
             )
     return tuple(results)
@@ -248,456 +156,3 @@ def _check(
         fail("output_mask", "bits 0 to 9", output_mask)
     if c == 0 or c % 8 or k == 0 or k % 8:
         fail("fc1_weight", "channels in multiples of 8", f"C = {c} and K = {k}")
-
-
-class _Chunk(NamedTuple):
-    first: int  # row, in the order of the samples
-    rows: int
-
-
-def _splits(tiles: int, tile_operations: int, tile_bytes: int, rows: int, block_rows: int, multiprocessors: int) -> int:
-    """Over how many programs the rows of a weight's gradient are split: the least estimate of its time.
-
-    Programs go in waves of one for each multiprocessor; a split costs the traffic of its parts. A multiprocessor does
-    about 1.5 operations in the time the chip's memory takes for a byte (of H100 and A100 the datasheets' ratio). The
-    same choice for the same chip and number of rows: the sums keep their order.
-    """
-    best, least = 1, None
-    for splits in range(1, max(1, min(4 * multiprocessors // tiles, rows // (4 * block_rows))) + 1):
-        waves = triton.cdiv(tiles * splits, multiprocessors)
-        time = waves * triton.cdiv(rows, splits) * tile_operations + 1.5 * tiles * splits * tile_bytes
-        if least is None or time < least:
-            best, least = splits, time
-    return best
-
-
-class _Backward:
-    """One call of the operator, whose arguments have been checked."""
-
-    def __init__(
-        self, grad, z, mean, rstd, hidden, norm_weight, norm_bias, fc1_weight, fc1_bias, grn_weight, grn_bias,
-        fc2_weight, fc2_bias, layer_scale, sample_scale, approximate, wanted, results,
-    ):  # fmt: skip
-        self.grad, self.z, self.mean, self.rstd = grad, z, mean, rstd
-        self.kept = hidden if hidden.dim() != 1 else None
-        self.norm_weight, self.norm_bias = norm_weight, norm_bias
-        self.grn_weight, self.grn_bias = grn_weight, grn_bias
-        self.fc2_weight, self.fc2_bias, self.layer_scale = fc2_weight, fc2_bias, layer_scale
-        self.sample_scale, self.tanh, self.wanted, self.results = sample_scale, approximate == "tanh", wanted, results
-        self.dtype = z.dtype
-        self.channels, self.hidden = z.shape[-1], fc1_weight.shape[0]
-        self.rows = mean.numel()
-        self.rows_per_sample = self.rows // z.shape[0]
-        self.order = self.live_count = None
-        if sample_scale is not None:
-            self.order, self.live_count = launch.sample_order(sample_scale)
-
-        self.fc1_sums = wanted[_FC1_WEIGHT] or wanted[_NORM_WEIGHT]  # T
-        self.fc1_bias_sums = (  # db1
-            wanted[_FC1_BIAS] or wanted[_NORM_BIAS] or (wanted[_FC1_WEIGHT] and norm_bias is not None)
-        )
-        self.fc2_sums = wanted[_FC2_WEIGHT] or wanted[_LAYER_SCALE]  # G
-        self.branch_sums = wanted[_FC2_BIAS] or (wanted[_LAYER_SCALE] and fc2_bias is not None)
-        self.grad_hidden = wanted[_Z] or self.fc1_sums or self.fc1_bias_sums  # dh
-        self.grad_activated = self.grad_hidden or wanted[_GRN_WEIGHT] or wanted[_GRN_BIAS]  # dg
-        self.any_hidden = self.grad_activated or self.fc2_sums
-        recomputed = self.kept is None and self.any_hidden
-        self.normalised = self.fc1_sums or recomputed  # hat
-        self.copied = self.any_hidden and (sample_scale is not None or grad.dtype != self.dtype)  # u
-
-        self.given_fc1_weight, self.given_fc1_bias = fc1_weight, fc1_bias
-        self.fc1_weight = self.fc1_factor = self.fc1_bias = self.folded_fc2_weight = self.fc2_factor = None
-        if recomputed or wanted[_Z]:
-            self.fold_norm()
-        if self.grad_activated:
-            self.fold_layer_scale()
-
-    def config(self, kernel: str) -> dict[str, int]:
-        chosen = config.choose(
-            kernel, channels=self.channels, hidden=self.hidden, dtype=self.dtype, rows=self.rows, device=self.z.device
-        )
-        return dict(chosen.meta)
-
-    def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.z.device)
-
-    def result(self, gradient: int) -> Tensor | None:
-        return self.results[gradient] if self.wanted[gradient] else None
-
-    def fold_norm(self) -> None:
-        if self.norm_weight is None and self.norm_bias is None:
-            self.fc1_weight, self.fc1_bias = self.given_fc1_weight.to(self.dtype), self.given_fc1_bias
-            return
-        self.fc1_weight = self.new(self.hidden, self.channels, dtype=self.dtype)
-        self.fc1_bias = self.new(self.hidden)
-        if self.norm_weight is not None:
-            self.fc1_factor = self.new(1)
-        arguments = self.given_fc1_weight, self.given_fc1_bias, self.norm_weight, self.norm_bias
-        outputs = self.fc1_weight, self.fc1_factor, self.fc1_bias
-        columns = triton.next_power_of_2(self.channels)
-        rows = max(1, min(16, 4096 // columns))
-        launch.run(
-            fold_norm_kernel,
-            (triton.cdiv(self.hidden, rows),),
-            *arguments,
-            *outputs,
-            C=self.channels,
-            K=self.hidden,
-            COLUMNS=columns,
-            BLOCK_K=rows,
-            num_warps=4,
-        )
-
-    def fold_layer_scale(self) -> None:
-        if self.layer_scale is None:
-            self.folded_fc2_weight = self.fc2_weight.to(self.dtype)
-            return
-        self.folded_fc2_weight = self.new(self.channels, self.hidden, dtype=self.dtype)
-        self.fc2_factor = self.new(1)
-        launch.run(
-            fold_layer_scale_kernel,
-            (triton.cdiv(self.channels, 16), triton.cdiv(self.hidden, 128)),
-            self.fc2_weight,
-            self.layer_scale,
-            self.folded_fc2_weight,
-            self.fc2_factor,
-            C=self.channels,
-            K=self.hidden,
-            COLUMNS=triton.next_power_of_2(self.channels),
-            BLOCK_C=16,
-            BLOCK_K=128,
-            num_warps=4,
-        )
-
-    # --- the plan
-
-    def plan(self, workspace_bytes: int) -> list[_Chunk]:
-        """Chooses the tiles, allocates the buffers and parts, and returns the chunks that the buffers hold."""
-        c, k, grn = self.channels, self.hidden, self.grn_weight is not None
-        form = "_grn" if grn else "_kept" if self.kept is not None else ""
-        self.hidden_tiles = self.config("mlp_backward_hidden" + form)
-        self.weight_tiles = self.config("mlp_backward_weight")
-        pieces = launch.column_pieces(c)
-        self.fused_norm = sum(pieces) <= _MOST_NORM_COLUMNS
-        self.norm_pieces = pieces
-        if self.fused_norm:
-            self.norm_tiles = self.config("mlp_backward_norm")
-        else:
-            self.norm_tiles = {"BLOCK_M": max(1, 4096 // triton.next_power_of_2(c)), "num_warps": 4}
-            self.input_tiles = self.config("mlp_backward_input")
-        self.prepare_columns = next((n for n in (128, 64, 32) if c % n == 0), 128)
-        self.prepare_rows = 4096 // self.prepare_columns
-
-        # Buffers and parts of a row.
-        size = self.dtype.itemsize
-        hidden_rows = self.hidden_tiles["BLOCK_M"]
-        row_bytes = size * (c * (self.normalised + self.copied) + k * (self.stores_g + self.grad_activated))
-        part_bytes = 4 * (k / hidden_rows + c / self.prepare_rows)
-        if grn:  # three sums, and an image's factors and sums
-            part_bytes += 4 * k * (3 / hidden_rows + 8 / self.rows_per_sample)
-        # A quarter for the parts of the weights' gradients, which the splits are chosen to fit.
-        unit = self.rows_per_sample if grn else 128
-        most = max(1, int(workspace_bytes * 3 // 4 / (row_bytes + part_bytes)) // unit) * unit
-        count = triton.cdiv(self.rows, most)
-        chunk_rows = triton.cdiv(triton.cdiv(self.rows, count), unit) * unit
-        chunks = [_Chunk(first, min(chunk_rows, self.rows - first)) for first in range(0, self.rows, chunk_rows)]
-
-        p, q, r = (self.weight_tiles[name] for name in ("BLOCK_P", "BLOCK_Q0", "BLOCK_R"))
-        q += self.weight_tiles["BLOCK_Q1"]
-        tiles, multiprocessors = triton.cdiv(k, p) * triton.cdiv(c, q), launch.chip_of(self.z).multiprocessors
-        # Parts are written and read by every chunk, fp32.
-        splits = _splits(tiles, 2 * p * q, 8 * p * q, chunks[0].rows, r, multiprocessors)
-        weights = max(1, self.fc1_sums + self.fc2_sums)
-        self.splits = max(1, min(splits, workspace_bytes // 4 // (4 * c * k * weights)))
-        self.allocate(chunks[0].rows)
-        return chunks
-
-    @property
-    def stores_g(self) -> bool:
-        """Whether g has a buffer: W2's gradient reads it, GRN's second pass reads h there."""
-        return self.fc2_sums or (self.grn_weight is not None and self.grad_activated)
-
-    def allocate(self, rows: int) -> None:
-        c, k = self.channels, self.hidden
-        self.hat = self.new(rows, c, dtype=self.dtype) if self.normalised else None
-        self.u = self.new(rows, c, dtype=self.dtype) if self.copied else None
-        self.g = self.new(rows, k, dtype=self.dtype) if self.stores_g else None
-        self.dh = self.new(rows, k, dtype=self.dtype) if self.grad_activated else None
-        self.dhat = None
-        if self.wanted[_Z] and not self.fused_norm:  # by then hat has been read for the last time
-            self.dhat = self.hat if self.hat is not None else self.new(rows, c, dtype=self.dtype)
-        self.fc1_bias_parts = self.branch_parts = self.fc1_parts = self.fc2_parts = None
-        if self.branch_sums:
-            self.branch_parts = self.new(triton.cdiv(rows, self.prepare_rows), c)
-        if self.fc1_sums:
-            direct = self.splits == 1 and self.wanted[_FC1_WEIGHT]
-            self.fc1_parts = self.results[_FC1_WEIGHT] if direct else self.new(self.splits, k, c)
-        if self.fc2_sums:
-            direct = self.splits == 1 and self.wanted[_FC2_WEIGHT]
-            self.fc2_parts = self.results[_FC2_WEIGHT] if direct else self.new(self.splits, c, k)
-        tiles = triton.cdiv(rows, self.hidden_tiles["BLOCK_M"])
-        if self.grn_weight is None:
-            if self.fc1_bias_sums:
-                self.fc1_bias_parts = self.new(tiles, k)
-            return
-        images = rows // self.rows_per_sample
-        self.segments = triton.cdiv(self.rows_per_sample, _SEGMENT_ROWS)
-        self.square_parts = self.new(tiles + images, k)
-        self.product_parts = self.new(tiles + images, k) if self.grad_activated else None
-        self.grad_parts = self.new(tiles + images, k) if self.grad_activated else None
-        self.factors = self.new(images, k)
-        self.feedback = self.new(images, k) if self.grad_hidden else None
-        self.grn_weight_parts = self.new(images, k) if self.wanted[_GRN_WEIGHT] else None
-        self.grn_bias_parts = self.new(images, k) if self.wanted[_GRN_BIAS] else None
-        if self.fc1_bias_sums:
-            self.fc1_bias_parts = self.new(images * self.segments, k)
-
-    # --- the launches
-
-    def run(self, workspace_bytes: int) -> None:
-        for chunk in self.plan(workspace_bytes):
-            self.run_chunk(chunk)
-        self.finish()
-
-    def run_chunk(self, chunk: _Chunk) -> None:
-        self.prepare(chunk)
-        if not self.any_hidden:
-            return
-        self.hidden_gradients(chunk)
-        if self.grn_weight is not None:
-            self.grn(chunk)
-        if self.fc2_sums:
-            self.weight_gradient(chunk, self.g, self.branch_of(chunk), self.fc2_parts, 1, self.hidden)
-        if self.fc1_sums:
-            self.weight_gradient(chunk, self.dh, self.hat, self.fc1_parts, self.channels, 1)
-        if self.wanted[_Z]:
-            self.norm_gradient(chunk)
-
-    def place(self, chunk: _Chunk) -> tuple[int, int, int, int]:
-        """What every kernel takes: first row, rows, rows of a sample, whether parts hold earlier chunks' sums."""
-        return chunk.first, chunk.rows, self.rows_per_sample, int(chunk.first > 0)
-
-    def branch_of(self, chunk: _Chunk) -> Tensor:
-        """u of the chunk: the gradient as it came, where nothing is dropped, scaled or rounded."""
-        if self.copied:
-            return self.u
-        return self.grad.view(self.rows, self.channels)[chunk.first : chunk.first + chunk.rows]
-
-    def prepare(self, chunk: _Chunk) -> None:
-        dz = self.result(_Z) if self.order is not None else None
-        if not self.normalised and not self.copied and not self.branch_sums and dz is None:
-            return
-        grid = (triton.cdiv(chunk.rows, self.prepare_rows),)
-        inputs = self.z, self.mean, self.rstd, self.grad, self.sample_scale, self.order, self.live_count
-        columns = {"C": self.channels, "BLOCK_M": self.prepare_rows, "BLOCK_C": self.prepare_columns}
-        results = self.hat, self.u, self.branch_parts, dz
-        launch.run(prepare_kernel, grid, *inputs, *results, *self.place(chunk), **columns, num_warps=4)
-
-    def hidden_gradients(self, chunk: _Chunk) -> None:
-        tile = self.hidden_tiles
-        grn = self.grn_weight is not None
-        tiles = triton.cdiv(chunk.rows, tile["BLOCK_M"]) * triton.cdiv(self.hidden, tile["BLOCK_N"])
-        launch.run(
-            hidden_gradients_kernel,
-            (tiles,),
-            self.hat if self.kept is None else None,
-            self.branch_of(chunk) if self.grad_activated else None,
-            self.kept,
-            self.fc1_weight,
-            self.fc1_factor,
-            self.fc1_bias,
-            self.folded_fc2_weight,
-            self.fc2_factor,
-            self.order,
-            self.live_count,
-            self.g,
-            self.dh,
-            None if grn else self.fc1_bias_parts,
-            self.square_parts if grn else None,
-            self.product_parts if grn else None,
-            self.grad_parts if grn else None,
-            *self.place(chunk),
-            C=self.channels,
-            K=self.hidden,
-            TANH=self.tanh,
-            CHEAP=self.dtype != torch.float32,
-            **tile,
-        )
-
-    def grn(self, chunk: _Chunk) -> None:
-        images = chunk.rows // self.rows_per_sample
-        launch.run(
-            grn_factors_kernel,
-            (images,),
-            self.square_parts,
-            self.product_parts,
-            self.grad_parts,
-            self.grn_weight,
-            self.live_count,
-            self.factors,
-            self.feedback,
-            self.grn_weight_parts,
-            self.grn_bias_parts,
-            *self.place(chunk),
-            K=self.hidden,
-            EPS=GRN_EPS,
-            PART_ROWS=self.hidden_tiles["BLOCK_M"],
-            BLOCK_K=triton.next_power_of_2(self.hidden),
-            num_warps=8,
-        )
-        if not self.fc2_sums and not self.grad_hidden:
-            return
-        launch.run(
-            grn_activation_kernel,
-            (images * self.segments, triton.cdiv(self.hidden, _ACTIVATION_COLUMNS)),
-            self.g,
-            self.dh if self.grad_hidden else None,
-            self.factors,
-            self.feedback,
-            self.grn_bias,
-            self.live_count,
-            self.fc1_bias_parts,
-            *self.place(chunk),
-            _SEGMENT_ROWS,
-            self.segments,
-            K=self.hidden,
-            STORE_G=self.fc2_sums,
-            TANH=self.tanh,
-            CHEAP=self.dtype != torch.float32,
-            BLOCK_M=_ACTIVATION_ROWS,
-            BLOCK_N=_ACTIVATION_COLUMNS,
-            num_warps=4,
-        )
-
-    def weight_gradient(
-        self, chunk: _Chunk, wide: Tensor, narrow: Tensor, parts: Tensor, stride_p: int, stride_q: int
-    ) -> None:
-        tile = self.weight_tiles
-        tiles_q = triton.cdiv(self.channels, tile["BLOCK_Q0"] + tile["BLOCK_Q1"])
-        launch.run(
-            weight_gradient_kernel,
-            (triton.cdiv(self.hidden, tile["BLOCK_P"]) * tiles_q, self.splits),
-            wide,
-            narrow,
-            parts,
-            self.live_count,
-            *self.place(chunk),
-            self.splits,
-            stride_p,
-            stride_q,
-            P=self.hidden,
-            Q=self.channels,
-            **tile,
-        )
-
-    def norm_gradient(self, chunk: _Chunk) -> None:
-        c0, c1 = self.norm_pieces
-        place = self.place(chunk)[:3]
-        rows = self.z, self.mean, self.rstd, self.order, self.live_count, self.results[_Z]
-        grid = (triton.cdiv(chunk.rows, self.norm_tiles["BLOCK_M"]),)
-        columns = {"C": self.channels, "C0": c0, "C1": c1, **self.norm_tiles}
-        product = self.dh, self.fc1_weight, self.fc1_factor
-        if self.fused_norm:
-            launch.run(norm_gradient_kernel, grid, *product, *rows, *place, K=self.hidden, **columns)
-            return
-        tile = self.input_tiles
-        tiles = triton.cdiv(chunk.rows, tile["BLOCK_M"]) * triton.cdiv(self.channels, tile["BLOCK_N"])
-        arguments = *product, self.dhat, self.live_count, *place
-        launch.run(input_gradient_kernel, (tiles,), *arguments, C=self.channels, K=self.hidden, **tile)
-        launch.run(norm_backward_kernel, grid, self.dhat, *rows, *place, **columns)
-
-    def finish(self) -> None:
-        """From parts to results."""
-        if self.wanted[_GRN_WEIGHT]:
-            self.sum_parts(self.grn_weight_parts, self.results[_GRN_WEIGHT])
-        if self.wanted[_GRN_BIAS]:
-            self.sum_parts(self.grn_bias_parts, self.results[_GRN_BIAS])
-        self.finish_fc1()
-        self.finish_fc2()
-
-    def finish_fc1(self) -> None:
-        fc1_bias = None
-        if self.fc1_bias_sums:
-            wanted = self.result(_FC1_BIAS)
-            fc1_bias = self.sum_parts(self.fc1_bias_parts, wanted if wanted is not None else self.new(self.hidden))
-        norm = self.wanted[_NORM_WEIGHT] or self.wanted[_NORM_BIAS]
-        sums = self.sum_splits(self.fc1_parts, self.result(_FC1_WEIGHT)) if self.fc1_sums else None
-        folded = sums is not None and (self.norm_weight is not None or self.norm_bias is not None)
-        if not norm and not folded:
-            return
-        tiles_k = triton.cdiv(self.hidden, _FINISH_ROWS)
-        norm_parts = self.new(tiles_k, 2, self.channels) if norm else None
-        launch.run(
-            fc1_gradients_kernel,
-            (tiles_k, triton.cdiv(self.channels, _FINISH_COLUMNS)),
-            sums,
-            fc1_bias,
-            self.given_fc1_weight,
-            self.norm_weight,
-            self.norm_bias,
-            self.result(_FC1_WEIGHT),
-            norm_parts,
-            C=self.channels,
-            K=self.hidden,
-            BLOCK_K=_FINISH_ROWS,
-            BLOCK_C=_FINISH_COLUMNS,
-            num_warps=4,
-        )
-        for i, gradient in enumerate((_NORM_WEIGHT, _NORM_BIAS)):
-            if self.wanted[gradient]:
-                self.sum_parts(norm_parts, self.results[gradient], 2 * self.channels, i * self.channels)
-
-    def finish_fc2(self) -> None:
-        scaled = self.layer_scale is not None
-        sums = branch_sums = None
-        if self.fc2_sums:
-            sums = self.sum_splits(self.fc2_parts, self.result(_FC2_WEIGHT))
-        if self.branch_sums:
-            branch_sums = self.new(self.channels) if scaled else self.results[_FC2_BIAS]
-            self.sum_parts(self.branch_parts, branch_sums)
-        if not scaled or (sums is None and branch_sums is None):
-            return
-        launch.run(
-            fc2_gradients_kernel,
-            (triton.cdiv(self.channels, 4),),
-            sums,
-            branch_sums,
-            self.fc2_weight,
-            self.fc2_bias,
-            self.layer_scale,
-            self.result(_FC2_WEIGHT),
-            self.result(_FC2_BIAS),
-            self.result(_LAYER_SCALE),
-            C=self.channels,
-            K=self.hidden,
-            BLOCK_C=4,
-            BLOCK_K=256,
-            num_warps=4,
-        )
-
-    def sum_splits(self, parts: Tensor, result: Tensor | None) -> Tensor:
-        """The sum of a weight's parts, in `result` where that is given."""
-        if self.splits == 1:
-            return parts
-        return self.sum_parts(parts, self.new(*parts.shape[1:]) if result is None else result)
-
-    def sum_parts(self, parts: Tensor, result: Tensor, stride: int | None = None, first: int = 0) -> Tensor:
-        """result = the sum of the parts, each `stride` values (by default as many as result has), from `first` on."""
-        columns = result.numel()
-        stride = columns if stride is None else stride
-        # Many columns are their own parallelism; few columns have many parts.
-        block_p, block_n = (4, 256) if columns > 1 << 16 else (64, 32)
-        launch.run(
-            column_sums_kernel,
-            (triton.cdiv(columns, block_n),),
-            parts,
-            result,
-            parts.numel() // stride,
-            first,
-            COLUMNS=columns,
-            STRIDE=stride,
-            BLOCK_P=block_p,
-            BLOCK_N=block_n,
-            num_warps=4,
-        )
-        return result

@@ -1,0 +1,145 @@
+"""The tiles of layer_norm_mlp's backward: defaults, and what tuning tries. None has been timed on a GPU; each default
+compiles without stack on its chips (tests/test_triton_mlp_backward.py).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import triton
+
+from . import config, launch
+
+__all__ = ["WORKSPACE_BYTES", "weight_splits"]
+
+#: What the buffers of a chunk and the parts may take together; with GRN at least one image's rows, whatever they take.
+WORKSPACE_BYTES = 256 << 20
+
+
+def _asynchronous(problem: config.Problem) -> bool:
+    """Whether products read their operands from shared memory (wgmma, tcgen05): more registers are left for sums."""
+    return 90 <= problem.chip < 120
+
+
+def _stages(problem: config.Problem, stage_bytes: int, most: int = 3) -> int:
+    """num_stages for as many buffers of `stage_bytes` as fit the chip, at most `most`."""
+    buffers = (launch.chip_of_architecture(problem.chip).shared_bytes - 4096) // stage_bytes
+    # mma.sync's operands go through registers: Triton keeps a buffer less than there are stages.
+    return max(1, min(most, buffers)) + (not _asynchronous(problem))
+
+
+def _hidden_default(problem: config.Problem, block_n: int = 128) -> config.Config:
+    if problem.dtype.itemsize == 4:  # products of fp32 run on the fp32 units, out of registers
+        return config.Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_C": 16, "GROUP": 8}, num_warps=8, num_stages=2)
+    block_m, block_c = 128, 64 if problem.channels % 64 == 0 else 32
+    if not _asynchronous(problem):
+        block_m, block_n, block_c = 64, 128, 32
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_C": block_c, "GROUP": 8}
+    return config.Config(blocks, num_warps=8, num_stages=_stages(problem, 4 * (block_m + block_n) * block_c))
+
+
+def _weight_default(problem: config.Problem) -> config.Config:
+    if problem.dtype.itemsize == 4:
+        blocks = {"BLOCK_P": 64, "BLOCK_Q0": 64, "BLOCK_Q1": 0, "BLOCK_R": 16}
+        return config.Config(blocks, num_warps=8, num_stages=2)
+    q0, q1 = launch.column_pieces(problem.channels)
+    if q0 + q1 > (192 if _asynchronous(problem) else 128):
+        q0, q1 = (128, 0) if problem.channels % 128 == 0 else (64, 32) if problem.channels % 96 == 0 else (64, 0)
+    blocks = {"BLOCK_P": 128, "BLOCK_Q0": q0, "BLOCK_Q1": q1, "BLOCK_R": 64}
+    return config.Config(blocks, num_warps=8, num_stages=_stages(problem, 2 * 64 * (128 + q0 + q1)))
+
+
+def _norm_default(problem: config.Problem) -> config.Config:
+    if problem.dtype.itemsize == 4:
+        return config.Config({"BLOCK_M": 32, "BLOCK_K": 16}, num_warps=8, num_stages=2)
+    columns = sum(launch.column_pieces(problem.channels))
+    rows, block_k = 64 if columns > 96 else 128, 64 if _asynchronous(problem) else 32
+    stages = _stages(problem, 2 * block_k * (rows + columns))
+    return config.Config({"BLOCK_M": rows, "BLOCK_K": block_k}, num_warps=8, num_stages=stages)
+
+
+def _input_default(problem: config.Problem) -> config.Config:
+    if problem.dtype.itemsize == 4:
+        return config.Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP": 8}, num_warps=8, num_stages=2)
+    blocks = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8}
+    return config.Config(blocks, num_warps=8, num_stages=_stages(problem, 2 * 64 * 256))
+
+
+def _hidden_candidates(problem: config.Problem) -> Iterator[config.Config]:
+    if problem.dtype.itemsize == 4:
+        return
+    for m, n, warps in ((128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 128, 8), (64, 128, 4), (64, 64, 4)):
+        for c in (32, 64):
+            for stages in (2, 3, 4):
+                blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_C": c, "GROUP": 8}
+                yield config.Config(blocks, num_warps=warps, num_stages=stages)
+
+
+def _weight_candidates(problem: config.Problem) -> Iterator[config.Config]:
+    if problem.dtype.itemsize == 4:
+        return
+    pieces = launch.column_pieces(problem.channels)
+    for q0, q1 in dict.fromkeys([pieces, (128, 64), (128, 0), (64, 32), (64, 0)]):
+        if q0 + q1 > 256 or q0 > 2 * pieces[0]:
+            continue
+        for p, r, warps in ((128, 64, 8), (128, 32, 8), (128, 64, 4), (64, 64, 4)):
+            for stages in (2, 3, 4):
+                blocks = {"BLOCK_P": p, "BLOCK_Q0": q0, "BLOCK_Q1": q1, "BLOCK_R": r}
+                yield config.Config(blocks, num_warps=warps, num_stages=stages)
+
+
+def _norm_candidates(problem: config.Problem) -> Iterator[config.Config]:
+    if problem.dtype.itemsize == 4:
+        return
+    for m, k, warps in ((128, 64, 8), (64, 64, 8), (64, 64, 4), (64, 32, 8), (128, 32, 8)):
+        for stages in (2, 3, 4):
+            yield config.Config({"BLOCK_M": m, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
+
+
+def _input_candidates(problem: config.Problem) -> Iterator[config.Config]:
+    if problem.dtype.itemsize == 4:
+        return
+    for m, n, k, warps in ((128, 256, 64, 8), (128, 128, 64, 8), (128, 128, 64, 4), (128, 64, 64, 4), (64, 128, 64, 4)):
+        for stages in (3, 4):
+            blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8}
+            yield config.Config(blocks, num_warps=warps, num_stages=stages)
+
+
+def _workspace_default(problem: config.Problem) -> config.Config:
+    return config.Config({"MIB": WORKSPACE_BYTES >> 20})
+
+
+def _workspace_candidates(problem: config.Problem) -> Iterator[config.Config]:
+    # A chunk whose g and dh stay in the L2 (50 MB on H100, 126 MB on B200) reads them from there; it is more launches.
+    for mib in (32, 64, 128, WORKSPACE_BYTES >> 20):
+        yield config.Config({"MIB": mib})
+
+
+config.declare("mlp_backward_workspace", default=_workspace_default, candidates=_workspace_candidates)
+config.declare("mlp_backward_hidden", default=_hidden_default, candidates=_hidden_candidates)
+# GRN's epilogue, and one that loads h, need registers that a wide tile's sums would take.
+for _form in ("grn", "kept"):
+    _default = functools.partial(_hidden_default, block_n=64)
+    config.declare(f"mlp_backward_hidden_{_form}", default=_default, candidates=_hidden_candidates)
+config.declare("mlp_backward_weight", default=_weight_default, candidates=_weight_candidates)
+config.declare("mlp_backward_norm", default=_norm_default, candidates=_norm_candidates)
+config.declare("mlp_backward_input", default=_input_default, candidates=_input_candidates)
+
+
+def weight_splits(
+    tiles: int, tile_operations: int, tile_bytes: int, rows: int, block_rows: int, multiprocessors: int
+) -> int:
+    """Over how many programs the rows of a weight's gradient are split: the least estimate of its time.
+
+    Programs go in waves of one for each multiprocessor; a split costs the traffic of its parts. A multiprocessor does
+    about 1.5 operations in the time the chip's memory takes for a byte (of H100 and A100 the datasheets' ratio). The
+    same choice for the same chip and number of rows: the sums keep their order.
+    """
+    best, least = 1, None
+    for splits in range(1, max(1, min(4 * multiprocessors // tiles, rows // (4 * block_rows))) + 1):
+        waves = triton.cdiv(tiles * splits, multiprocessors)
+        time = waves * triton.cdiv(rows, splits) * tile_operations + 1.5 * tiles * splits * tile_bytes
+        if least is None or time < least:
+            best, least = splits, time
+    return best
