@@ -54,7 +54,10 @@ def _norm_default(problem: config.Problem) -> config.Config:
     if problem.dtype.itemsize == 4:
         return config.Config({"BLOCK_M": 32, "BLOCK_K": 16}, num_warps=8, num_stages=2)
     columns = sum(launch.column_pieces(problem.channels))
-    rows, block_k = 64 if columns > 96 else 128, 64 if _asynchronous(problem) else 32
+    # A tile of M rows does M FLOP for a byte of W1 out of the L2, and 64 rows may wait for it; 128 rows of 192 columns
+    # compile without stack for bf16 on sm_90, but not everywhere.
+    rows = 128 if columns <= 128 else 64
+    block_k = 64 if _asynchronous(problem) else 32
     stages = _stages(problem, 2 * block_k * (rows + columns))
     return config.Config({"BLOCK_M": rows, "BLOCK_K": block_k}, num_warps=8, num_stages=stages)
 

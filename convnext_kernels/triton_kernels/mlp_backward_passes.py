@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .device import gelu_and_derivative, load_columns, row_position
-from .mlp_backward_products import live_rows, load_normalised, store_dz
+from .mlp_backward_products import live_rows, norm_sums, store_dz
 
 __all__ = [
     "column_sums_kernel",
@@ -259,16 +259,16 @@ def norm_backward_kernel(
     place, packed = position[:, None] * C, row.to(tl.int64)[:, None] * C
     c0 = tl.arange(0, C0)[None, :]
     s0 = tl.load(s + packed + c0, mask=inside & (c0 < C), other=0.0).to(tl.float32)
-    total = tl.sum(s0, 1)[:, None]
-    product = tl.sum(s0 * load_normalised(z, place, centre, scale, inside, False, C, 0, C0), 1)[:, None]
+    total, product = norm_sums(s0, z, place, centre, scale, inside, C, 0, C0, C0)
     if C1 > 0:
         c1 = C0 + tl.arange(0, C1)[None, :]
         s1 = tl.load(s + packed + c1, mask=inside & (c1 < C), other=0.0).to(tl.float32)
-        total += tl.sum(s1, 1)[:, None]
-        product += tl.sum(s1 * load_normalised(z, place, centre, scale, inside, False, C, C0, C1), 1)[:, None]
-    store_dz(s0, total, product, z, place, centre, scale, inside, dz, C, 0, C0)
+        total1, product1 = norm_sums(s1, z, place, centre, scale, inside, C, C0, C1, C1)
+        total += total1
+        product += product1
+    store_dz(s0, total, product, z, place, centre, scale, inside, dz, C, 0, C0, C0)
     if C1 > 0:
-        store_dz(s1, total, product, z, place, centre, scale, inside, dz, C, C0, C1)
+        store_dz(s1, total, product, z, place, centre, scale, inside, dz, C, C0, C1, C1)
 
 
 # --- the end: from parts to results

@@ -10,13 +10,14 @@ import triton
 import triton.language as tl
 
 from .device import gelu_and_derivative, row_position
+from .epilogue import halves
 
 __all__ = [
     "hidden_gradients_kernel",
     "input_gradient_kernel",
     "live_rows",
-    "load_normalised",
     "norm_gradient_kernel",
+    "norm_sums",
     "store_dz",
     "weight_gradient_kernel",
 ]
@@ -215,7 +216,7 @@ def weight_gradient_kernel(
 
 
 @triton.jit
-def load_normalised(
+def _load_normalised(
     z, place, centre, scale, inside, AGAIN: tl.constexpr, C: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr
 ):
     """(z - mean) rstd of COUNT columns. Loaded AGAIN rather than held in registers: another policy keeps them apart."""
@@ -229,11 +230,48 @@ def load_normalised(
 
 
 @triton.jit
+def norm_sums(
+    s, z, place, centre, scale, inside, C: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, SLICE: tl.constexpr
+):
+    """The sums over COUNT columns of s and of s hat, each (rows, 1), SLICE columns or a half of COUNT at a time."""
+    if COUNT > SLICE:
+        HALF: tl.constexpr = COUNT // 2
+        left, right = halves(s, COUNT)
+        total, product = _norm_sums(left, z, place, centre, scale, inside, C, FIRST, HALF)
+        total1, product1 = _norm_sums(right, z, place, centre, scale, inside, C, FIRST + HALF, HALF)
+        total += total1
+        product += product1
+    else:
+        total, product = _norm_sums(s, z, place, centre, scale, inside, C, FIRST, COUNT)
+    return total, product
+
+
+@triton.jit
+def _norm_sums(s, z, place, centre, scale, inside, C: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    hat = _load_normalised(z, place, centre, scale, inside, False, C, FIRST, COUNT)
+    return tl.sum(s, 1)[:, None], tl.sum(s * hat, 1)[:, None]
+
+
+@triton.jit
 def store_dz(
+    s, total, product, z, place, centre, scale, inside, dz,
+    C: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    """LayerNorm's backward: dz = rstd (s - mean_C(s) - hat mean_C(s hat)), s the gradient of hat = (z - mean) rstd."""
+    if COUNT > SLICE:
+        HALF: tl.constexpr = COUNT // 2
+        left, right = halves(s, COUNT)
+        _store_dz(left, total, product, z, place, centre, scale, inside, dz, C, FIRST, HALF)
+        _store_dz(right, total, product, z, place, centre, scale, inside, dz, C, FIRST + HALF, HALF)
+    else:
+        _store_dz(s, total, product, z, place, centre, scale, inside, dz, C, FIRST, COUNT)
+
+
+@triton.jit
+def _store_dz(
     s, total, product, z, place, centre, scale, inside, dz, C: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr
 ):
-    """LayerNorm's backward: dz = rstd (s - mean_C(s) - hat mean_C(s hat)), s the gradient of hat = (z - mean) rstd."""
-    hat = load_normalised(z, place, centre, scale, inside, True, C, FIRST, COUNT)
+    hat = _load_normalised(z, place, centre, scale, inside, True, C, FIRST, COUNT)
     values = (s - total * (1.0 / C) - hat * (product * (1.0 / C))) * scale
     column = FIRST + tl.arange(0, COUNT)[None, :]
     tl.store(dz + place + column, values.to(dz.dtype.element_ty), mask=inside & (column < C))
@@ -279,14 +317,15 @@ def norm_gradient_kernel(
         s0 *= tl.load(weight_factor)
         if C1 > 0:
             s1 *= tl.load(weight_factor)
-    total = tl.sum(s0, 1)[:, None]
-    product = tl.sum(s0 * load_normalised(z, place, centre, scale, inside, False, C, 0, C0), 1)[:, None]
+    # 64 columns at a time: with all of hat beside s the registers would spill.
+    total, product = norm_sums(s0, z, place, centre, scale, inside, C, 0, C0, 64)
     if C1 > 0:
-        total += tl.sum(s1, 1)[:, None]
-        product += tl.sum(s1 * load_normalised(z, place, centre, scale, inside, False, C, C0, C1), 1)[:, None]
-    store_dz(s0, total, product, z, place, centre, scale, inside, dz, C, 0, C0)
+        total1, product1 = norm_sums(s1, z, place, centre, scale, inside, C, C0, C1, 64)
+        total += total1
+        product += product1
+    store_dz(s0, total, product, z, place, centre, scale, inside, dz, C, 0, C0, 64)
     if C1 > 0:
-        store_dz(s1, total, product, z, place, centre, scale, inside, dz, C, C0, C1)
+        store_dz(s1, total, product, z, place, centre, scale, inside, dz, C, C0, C1, 64)
 
 
 @triton.jit(do_not_specialize=["first", "rows", "rows_per_sample"])
