@@ -143,6 +143,11 @@ def _tensors(arguments):
             yield argument.base
 
 
+def _extent(tensor):
+    """Bytes from a tensor's first element to its last, strides and all."""
+    return (1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))) * tensor.element_size()
+
+
 @contextlib.contextmanager
 def bounds_checked():
     """In the interpreter: an access outside every tensor of its launch raises. By itself it reads whatever is there."""
@@ -155,12 +160,13 @@ def bounds_checked():
     def begin_launch(self, arguments, keywords):
         nonlocal starts, ends
         on_host = begin(self, arguments, keywords)
-        ranges = {t.data_ptr(): t.data_ptr() + t.numel() * t.element_size() for t in _tensors(on_host[0]) if t.numel()}
+        ranges = {t.data_ptr(): t.data_ptr() + _extent(t) for t in _tensors(on_host[0]) if t.numel()}
         starts, ends = (np.array(each, np.uint64) for each in zip(*sorted(ranges.items())))
         return on_host
 
     def check(pointers, mask):
-        addresses = np.asarray(pointers.data)[np.broadcast_to(mask.data, np.shape(pointers.data))].astype(np.uint64)
+        on = np.broadcast_to(mask.data, np.shape(pointers.data)).astype(bool)  # a mask may have become an int32
+        addresses = np.asarray(pointers.data)[on].astype(np.uint64)
         size = np.uint64(pointers.get_element_ty().primitive_bitwidth // 8)
         tensor = np.searchsorted(starts, addresses, "right")
         outside = (tensor == 0) | (addresses + size > ends[np.maximum(tensor, 1) - 1])
