@@ -77,6 +77,25 @@ class CudaMlp : public MlpArguments {
   }
   GroupedRows hidden_rows(const CudaChunk& chunk) const { return {groups(chunk), chunk.rows / groups(chunk), hidden}; }
 
+  // LayerNorm of a chunk's rows of z into `normalised`: statistics of all rows.
+  template <class T>
+  LayerNormParams<T, T> norm_rows(const CudaChunk& chunk, const Tensor& z, const Tensor& mean, const Tensor& rstd,
+                                  const Tensor& normalised) const {
+    LayerNormParams<T, T> params;
+    params.x = data_of<const T>(z, chunk.first * channels);
+    params.weight = as_parameter(parameters.norm_weight);
+    params.bias = as_parameter(parameters.norm_bias);
+    params.sample_scale = data_of<const Accumulation<T>>(parameters.sample_scale);
+    params.first_row = chunk.first;
+    params.rows_per_sample = rows_per_sample;
+    params.y = data_of<T>(normalised);
+    params.mean = data_of<Accumulation<T>>(mean, chunk.first);
+    params.rstd = data_of<Accumulation<T>>(rstd, chunk.first);
+    params.rows = chunk.rows;
+    params.channels = channels;
+    return params;
+  }
+
   // `pass` over a chunk's hidden rows. `aligned`: all its tensors begin at multiples of 16 bytes.
   RowPassPlan plan_hidden(RowPass pass, const CudaChunk& chunk, bool aligned) const {
     const GroupedRows shape = hidden_rows(chunk);

@@ -157,18 +157,7 @@ class CudaMlpBackward {
   }
 
   void normalise(const CudaChunk& chunk, const Tensor& normalised) const {
-    LayerNormParams<T, T> params;
-    params.x = data_of<const T>(z_, chunk.first * mlp_.channels);
-    params.weight = as_parameter(p_.norm_weight);
-    params.bias = as_parameter(p_.norm_bias);
-    params.sample_scale = data_of<const A>(p_.sample_scale);
-    params.first_row = chunk.first;
-    params.rows_per_sample = mlp_.rows_per_sample;
-    params.y = data_of<T>(normalised);
-    params.mean = data_of<A>(mean_, chunk.first);
-    params.rstd = data_of<A>(rstd_, chunk.first);
-    params.rows = chunk.rows;
-    params.channels = mlp_.channels;
+    const LayerNormParams<T, T> params = mlp_.template norm_rows<T>(chunk, z_, mean_, rstd_, normalised);
     launch_layer_norm_normalise(mlp_.op, params, is_vector_aligned(z_), mlp_.context.chip(), mlp_.context.stream());
   }
 
