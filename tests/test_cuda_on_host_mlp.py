@@ -172,6 +172,7 @@ SCALE = {
     "grad_bias": 1,
     "offset": 0,
 }
+SCALE |= {"sums": 1, "grad_sums": 1, "grad_scale": 1}
 
 # Two of each kernel, which touch no other: one program holds the first of all, another the second.
 DEFECTS = {
