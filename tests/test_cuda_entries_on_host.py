@@ -118,8 +118,8 @@ DEFECTS = {
     ),
     "alignment-of-one-tensor-only": (
         "asan",
-        "is_vector_aligned(x) && is_vector_aligned(grad), context",
-        "is_vector_aligned(x), context",
+        "is_vector_aligned(x) && is_vector_aligned(grad),",
+        "is_vector_aligned(x),",
         "unaligned",
         "misaligned",
     ),
