@@ -3,7 +3,8 @@
 python -m benchmarks.resources                       the CUDA sources, compiled for sm_80, 90 and 120
 python -m benchmarks.resources --arch 86 100         for others; `all`: sm_80, 86, 89, 90, 100, 120
 python -m benchmarks.resources --kernel convolution  only kernels whose name matches
-python -m benchmarks.resources --cubin FILE ...      kernels that are compiled already, Triton's for instance
+python -m benchmarks.resources --triton              the Triton kernels at a ConvNeXt-T's stages, batch 128, bf16
+python -m benchmarks.resources --cubin FILE ...      kernels that are compiled already
 ... --json FILE                                      the same as data
 
 A kernel's main loop is the smallest one that holds nine in ten of the FMA and tensor instructions that any loop holds
@@ -237,10 +238,10 @@ def parse_disassembly(text: str) -> dict[str, dict[str, Any]]:
 
 def architecture_of(disassembly: str) -> int:
     """The number of the architecture, e.g. 90."""
-    target = re.search(r"\.target\s+sm_(\d+)", disassembly)
+    target = re.search(r"\.target\s+sm_(\d+)|\bEF_CUDA_SM(\d+)", disassembly)  # a cubin's new format, and its old one
     if not target:
         raise ResourceError("nvdisasm named no architecture")
-    return int(target[1])
+    return int(target[1] or target[2])
 
 
 def kernels_of_cubin(cubin: Path, report: str = "") -> list[Kernel]:
@@ -386,19 +387,53 @@ def typical_launch(kernel: Kernel, plans: Any, chip: Any) -> tuple[int, int] | N
     return (kernel.most_threads, kernel.static_shared) if kernel.most_threads else None
 
 
+# --- Triton
+
+
+#: Channels and sides of the maps for which the Triton kernels are compiled: ConvNeXt-T's stages at 224 pixels.
+STAGES = ((96, 56), (192, 28), (384, 14), (768, 7))
+
+
+def triton_rows(architectures: Iterable[int], plans: Any) -> Iterable[tuple[str, int, list[dict[str, Any]]]]:
+    """(operator and stage, architecture, rows of plain data) of what is launched there that was not launched before."""
+    import torch
+
+    from benchmarks.triton_cubins import compile_launch, launches_of
+    from convnext_kernels.cli.tune import workloads
+
+    for architecture in architectures:
+        for name, launches in launches_of(workloads(STAGES, [128], [torch.bfloat16]), architecture).items():
+            rows = []
+            for launch in launches:
+                code = compile_launch(launch, architecture)
+                with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                    file.write(code.cubin)
+                    file.flush()
+                    kernels = kernels_of_cubin(Path(file.name))
+                block = code.threads, code.shared
+                rows += rows_of(name, architecture, kernels, plans, lambda *_, block=block: block)
+            yield name, architecture, rows
+
+
 # --- the report
 
 
 KINDS = ("FFMA", "HMMA", "LDS", "LDSM", "STS", "LDG", "STG", "LDGSTS", "convert", "MUFU", "BAR", "other")
 
 
-def rows_of(source: str, architecture: int, kernels: Iterable[Kernel], plans: Any) -> list[dict[str, Any]]:
-    """A row of plain data for each kernel."""
+def rows_of(
+    source: str,
+    architecture: int,
+    kernels: Iterable[Kernel],
+    plans: Any,
+    launch_of: Callable[[Kernel, Any, Any], tuple[int, int] | None] = typical_launch,
+) -> list[dict[str, Any]]:
+    """A row of plain data for each kernel. `launch_of`: threads and shared bytes of a block, as typical_launch."""
     chip = plans.chip_of_architecture(architecture) if plans and architecture in ALL_ARCHITECTURES else None
     rows = []
     for kernel in kernels:
         row = {"source": source, "architecture": architecture, **dataclasses.asdict(kernel)}
-        launch = typical_launch(kernel, plans, chip) if chip else None
+        launch = launch_of(kernel, plans, chip) if chip else None
         if launch:
             found = occupancy(kernel.registers, *launch, architecture, chip)
             row |= {"threads": launch[0], "shared": launch[1], **dataclasses.asdict(found)}
@@ -432,6 +467,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--arch", nargs="+", default=list(USUAL_ARCHITECTURES), help=f"of {numbers}, or all")
     parser.add_argument("--kernel", default="", help="a regular expression that kernels' names must match")
     parser.add_argument("--cubin", nargs="+", type=Path, default=[], help="compiled kernels, instead of the sources")
+    parser.add_argument("--triton", action="store_true", help="the Triton kernels, instead of the CUDA sources")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--jobs", type=int, default=int(os.environ.get("MAX_JOBS", os.cpu_count() or 1)))
     options = parser.parse_args(arguments)
@@ -444,27 +480,33 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def reported(options: argparse.Namespace, plans: Any) -> Iterable[tuple[str, int, list[dict[str, Any]]]]:
+    """(source, architecture, rows) of what was asked for."""
+    if options.triton:
+        yield from triton_rows(options.arch, plans)
+    elif options.cubin:
+        for cubin in options.cubin:
+            architecture = architecture_of(_run([find_tool("nvdisasm"), "-c", cubin]))
+            yield cubin.name, architecture, rows_of(cubin.name, architecture, kernels_of_cubin(cubin), plans)
+    else:
+        compiled = compiled_kernels(cuda_sources().values(), options.arch, options.jobs)
+        for (source, architecture), (kernels, _) in compiled.items():
+            yield source, architecture, rows_of(source, architecture, kernels, plans)
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     plans = load_plans()
+    every = []
     try:
-        if options.cubin:
-            found = [
-                (cubin.name, architecture_of(_run([find_tool("nvdisasm"), "-c", cubin])), kernels_of_cubin(cubin))
-                for cubin in options.cubin
-            ]
-        else:
-            compiled = compiled_kernels(cuda_sources().values(), options.arch, options.jobs)
-            found = [(source, architecture, kernels) for (source, architecture), (kernels, _) in compiled.items()]
+        for source, architecture, rows in reported(options, plans):
+            rows = [row for row in rows if re.search(options.kernel, row["name"])]
+            every += rows
+            if rows:
+                print(f"\n{source}, sm_{architecture}\n{table(rows)}", flush=True)
     except ResourceError as error:
         print(error, file=sys.stderr)
         return 1
-    every = []
-    for source, architecture, kernels in found:
-        rows = rows_of(source, architecture, [k for k in kernels if re.search(options.kernel, k.name)], plans)
-        every += rows
-        if rows:
-            print(f"\n{source}, sm_{architecture}\n{table(rows)}")
     if plans is None:
         print("\nThreads, shared memory and occupancy are left out: the package is not compiled.")
     if options.json:

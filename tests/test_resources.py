@@ -213,3 +213,24 @@ def test_table():
     ]
     assert line.split() == ["k<8>", "40", "0", "-", "-", "-", "-", "-", "-", "4", "75", "25"]
     assert kernel.share("FFMA") == 0.75 and kernel.share("HMMA") == 0
+
+
+def test_architecture_of_both_formats():
+    assert resources.architecture_of("\t.target\tsm_120\n") == 120
+    assert resources.architecture_of('\t.headerflags\t@"EF_CUDA_64BIT_ADDRESS EF_CUDA_SM90 EF_CUDA_VIRTUAL_SM"') == 90
+    with pytest.raises(resources.ResourceError, match="no architecture"):
+        resources.architecture_of("")
+
+
+def test_triton_kernels(monkeypatch):
+    """Compiled for a chip that is not here, with the threads and the shared memory that they are launched with."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(resources, "STAGES", ((96, 14),))
+    found = {name: rows for name, _, rows in resources.triton_rows([90], resources.load_plans())}
+    (forward,) = found["layer_norm_mlp V1 96@14 batch 128 bfloat16"]
+    assert forward["name"] == "fused_kernel"
+    assert forward["stack"] == 0
+    assert forward["loop"]["HMMA"] > 0
+    assert forward["threads"] in (128, 256) and 2**14 < forward["shared"] <= 227 * 1024
+    assert forward["blocks"] >= 1
+    assert {name.split()[0] for name in found} >= {"depthwise_conv2d_weight_grad", "layer_norm_mlp_backward"}

@@ -15,21 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 import convnext_kernels
-
-TYPES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.int32: "i32",
-    torch.int64: "i64",
-    torch.int8: "i8",
-    torch.uint8: "u8",
-    torch.bool: "i1",
-}
+from benchmarks import triton_cubins
 
 
 @dataclass(frozen=True)
@@ -64,54 +52,17 @@ def disassemble(cubin):
     return on_file(cubin, "nvdisasm", "-c")
 
 
-def specialised(launch):
-    """The signature, constants and attributes that Triton's launcher derives from the arguments of a launch."""
-    kernel = launch.kernel
-    signature, constants, attributes = {}, {}, {}
-    values = dict(zip(kernel.arg_names, launch.arguments))
-    values.update({name: value for name, value in launch.constants.items() if name in kernel.arg_names})
-    for i, parameter in enumerate(kernel.params):
-        name, value = parameter.name, values.get(parameter.name, parameter.default)
-        if parameter.is_constexpr or value is None or isinstance(value, triton.language.dtype):
-            signature[name], constants[name] = "constexpr", value
-            continue
-        divisible = False
-        if isinstance(value, torch.Tensor):
-            signature[name] = "*" + TYPES[value.dtype]
-            divisible = not parameter.do_not_specialize_on_alignment
-        elif hasattr(value, "block_shape"):  # a TensorDescriptor
-            block = ",".join(map(str, value.block_shape))
-            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
-        elif isinstance(value, bool):
-            signature[name] = "i1"
-        elif isinstance(value, int):
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value == 1 and not parameter.do_not_specialize:
-                signature[name], constants[name] = "constexpr", 1
-            else:
-                divisible = value % 16 == 0 and not parameter.do_not_specialize
-        else:
-            signature[name] = "fp32"
-        if divisible:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return signature, constants, attributes
-
-
 def compile_launch(launch, capability):
     """A launch recorded by launch.recorded, compiled for sm_`capability`."""
-    signature, constants, attributes = specialised(launch)
-    options = {name: value for name, value in launch.constants.items() if name not in launch.kernel.arg_names}
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    cubin = compiled.asm["cubin"]
-    usage = on_file(cubin, "cuobjdump", "--dump-resource-usage")
+    code = triton_cubins.compile_launch(launch, capability)
+    usage = on_file(code.cubin, "cuobjdump", "--dump-resource-usage")
     return Compiled(
-        launch.kernel.__name__,
+        code.name,
         int(re.search(r"REG:(\d+)", usage)[1]),
         int(re.search(r"STACK:(\d+)", usage)[1]),
-        compiled.metadata.shared,
-        compiled.asm["ptx"],
-        cubin,
+        code.shared,
+        code.ptx,
+        code.cubin,
     )
 
 

@@ -66,10 +66,13 @@ def workloads(stages: list[tuple[int, int]], batches: list[int], dtypes: list[to
 
 
 def arguments_of(workload: Workload, device: torch.device) -> tuple[Any, ...]:
-    """The raw operator's arguments (csrc/operators.cpp), of a trained network's order of size."""
+    """The raw operator's arguments (csrc/operators.cpp), of a trained network's order of size.
+
+    On the meta device they have shapes and dtypes alone.
+    """
     n, side, c, dtype = workload.batch, workload.side, workload.channels, workload.dtype
     k = 4 * c
-    generator = torch.Generator(device).manual_seed(2201)
+    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(2201)
 
     def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
         return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
