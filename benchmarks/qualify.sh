@@ -6,11 +6,13 @@
 #   build      compile for the GPUs present and install into the current Python environment
 #   test       pytest -m gpu
 #   verify     every operator of every backend against fp64
+#   tune       the fastest configurations of the Triton kernels at the stages of ConvNeXt-T and -B, into OUT_DIR: what
+#              runs later with the same OUT_DIR runs with them
 #   bench      the fused block against eager PyTorch
 #   baseline   timm and torchvision without this package; baseline-eager, baseline-torchvision, baseline-compile and
 #              baseline-max-autotune choose one part, baseline alone is the first. What does not fit into a run is done
 #              by the next one with the same OUT_DIR.
-#   all        build, test, verify, bench, baseline
+#   all        build, test, verify, tune, bench, baseline
 #
 # Logs and JSON go to OUT_DIR (default: the environment variable OUT). Each part ends within 9 minutes (PART_SECONDS,
 # default 530); every part but the baseline installs first, which takes seconds where nothing changed. The exit code is
@@ -31,9 +33,9 @@ parts=()
 out=${OUT:-}
 while [ $# -gt 0 ]; do
   case $1 in
-    build | test | verify | bench | baseline | baseline-eager | baseline-torchvision | baseline-compile | \
+    build | test | verify | tune | bench | baseline | baseline-eager | baseline-torchvision | baseline-compile | \
       baseline-max-autotune) parts+=("$1") ;;
-    all) parts+=(build test verify bench baseline) ;;
+    all) parts+=(build test verify tune bench baseline) ;;
     -*) usage ;;
     *)
       # Only the last argument may be the folder: a misspelt part must not become one.
@@ -51,6 +53,7 @@ if ! capabilities=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> 
 fi
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
+export CONVNEXT_KERNELS_CACHE_DIR=$out
 
 # Runs a command within what is left of the part's time, with its output in a log too.
 limited() {
@@ -82,6 +85,14 @@ run_part() {
       install_package
       : > "$out/test.log"
       (cd "$root" && limited "$out/test.log" "$python" -m pytest -m gpu tests)
+      ;;
+    tune)
+      install_package
+      : > "$out/tune.log"
+      (cd "$out" && limited "$out/tune.log" "$python" -m convnext_kernels tune --batch 128 \
+        --stages 96@56 192@28 384@14 768@7 128@56 256@28 512@14 1024@7) || status=$?
+      # 124: the time ended before the stages did. What was found is kept after each.
+      [ $status -eq 0 ] || [ $status -eq 124 ] || return $status
       ;;
     verify | bench)
       install_package

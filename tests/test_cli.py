@@ -557,11 +557,13 @@ def test_qualify_runs_every_part(qualify, tmp_path):
         install,
         "-m convnext_kernels verify --device cuda",
         install,
+        "-m convnext_kernels tune --batch 128 --stages 96@56 192@28 384@14 768@7 128@56 256@28 512@14 1024@7",
+        install,
         "-m convnext_kernels bench --device cuda",
         f"{ROOT}/benchmarks/baseline.py --part eager",
     ]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "build.log", "test.log", "verify.log", "bench.log", "baseline.log"
+        "build.log", "test.log", "verify.log", "tune.log", "bench.log", "baseline.log"
     }  # fmt: skip
 
 
@@ -583,6 +585,14 @@ def test_qualify_keeps_to_its_time(qualify, tmp_path):
     assert done.returncode == 1
     assert "=== bench: FAILED with exit code 124" in done.stderr
     assert time.monotonic() - start < 30
+
+
+def test_qualify_takes_unfinished_tuning_for_a_success(qualify, tmp_path):
+    done, _ = qualify("tune", tmp_path / "out", python='case "$*" in *tune*) exec sleep 60;; esac', PART_SECONDS="3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    done, _ = qualify("tune", tmp_path / "out", python='case "$*" in *tune*) exit 2;; esac')
+    assert done.returncode == 1
+    assert "=== tune: FAILED with exit code 2" in done.stderr
 
 
 def test_qualify_takes_an_unfinished_baseline_for_a_success(qualify, tmp_path):
