@@ -4,7 +4,7 @@
 #   benchmarks/qualify.sh PART... [OUT_DIR]
 #
 #   build      compile for the GPUs present and install into the current Python environment
-#   test       pytest -m gpu
+#   test       pytest -m gpu, without the Triton kernels' own tests, which compile for minutes: those are test-triton
 #   verify     every operator of every backend against fp64
 #   tune       the fastest configurations of the Triton kernels at the stages of ConvNeXt-T and -B, into OUT_DIR: what
 #              runs later with the same OUT_DIR runs with them
@@ -12,7 +12,7 @@
 #   baseline   timm and torchvision without this package; baseline-eager, baseline-torchvision, baseline-compile and
 #              baseline-max-autotune choose one part, baseline alone is the first. What does not fit into a run is done
 #              by the next one with the same OUT_DIR.
-#   all        build, test, verify, tune, bench, baseline
+#   all        build, test, test-triton, verify, tune, bench, baseline
 #
 # Logs and JSON go to OUT_DIR (default: the environment variable OUT). Each part ends within 9 minutes (PART_SECONDS,
 # default 530); every part but the baseline installs first, which takes seconds where nothing changed. The exit code is
@@ -33,9 +33,9 @@ parts=()
 out=${OUT:-}
 while [ $# -gt 0 ]; do
   case $1 in
-    build | test | verify | tune | bench | baseline | baseline-eager | baseline-torchvision | baseline-compile | \
+    build | test | test-triton | verify | tune | bench | baseline | baseline-eager | baseline-torchvision | baseline-compile | \
       baseline-max-autotune) parts+=("$1") ;;
-    all) parts+=(build test verify tune bench baseline) ;;
+    all) parts+=(build test test-triton verify tune bench baseline) ;;
     -*) usage ;;
     *)
       # Only the last argument may be the folder: a misspelt part must not become one.
@@ -84,7 +84,12 @@ run_part() {
     test)
       install_package
       : > "$out/test.log"
-      (cd "$root" && limited "$out/test.log" "$python" -m pytest -m gpu tests)
+      (cd "$root" && limited "$out/test.log" "$python" -m pytest -m gpu tests --ignore-glob='tests/test_gpu_triton*')
+      ;;
+    test-triton)
+      install_package
+      : > "$out/test-triton.log"
+      (cd "$root" && limited "$out/test-triton.log" "$python" -m pytest -m gpu tests/test_gpu_triton*)
       ;;
     tune)
       install_package

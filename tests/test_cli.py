@@ -549,11 +549,14 @@ def test_qualify_runs_every_part(qualify, tmp_path):
     done, calls = qualify("all", tmp_path / "out")
     assert done.returncode == 0, done.stdout + done.stderr
     install = f"9.0 -m pip install --verbose --no-build-isolation --no-deps {ROOT}"
+    triton = " ".join(f"tests/{path.name}" for path in sorted((ROOT / "tests").glob("test_gpu_triton*")))
     assert [call.split(" --json")[0].split(" --out")[0].strip() for call in calls] == [
         install,
         "-m convnext_kernels info",
         install,
-        "-m pytest -m gpu tests",
+        "-m pytest -m gpu tests --ignore-glob=tests/test_gpu_triton*",
+        install,
+        f"-m pytest -m gpu {triton}",
         install,
         "-m convnext_kernels verify --device cuda",
         install,
@@ -563,7 +566,7 @@ def test_qualify_runs_every_part(qualify, tmp_path):
         f"{ROOT}/benchmarks/baseline.py --part eager",
     ]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "build.log", "test.log", "verify.log", "tune.log", "bench.log", "baseline.log"
+        "build.log", "test.log", "test-triton.log", "verify.log", "tune.log", "bench.log", "baseline.log"
     }  # fmt: skip
 
 
@@ -571,7 +574,7 @@ def test_qualify_is_honest_about_failures(qualify, tmp_path):
     done, calls = qualify("all", tmp_path / "out", python=r'case "$*" in *-m\ pytest*) echo broken; exit 7;; esac')
     assert done.returncode == 1
     assert "=== test: FAILED with exit code 7" in done.stderr
-    assert "qualify.sh: failed: test\n" in done.stderr
+    assert "qualify.sh: failed: test test-triton\n" in done.stderr
     assert (tmp_path / "out" / "test.log").read_text() == "broken\n"
     assert any("bench" in call for call in calls)  # the parts after it ran
     done, calls = qualify("verify", "bench", OUT=str(tmp_path / "out"), python='case "$*" in *pip*) exit 3;; esac')
