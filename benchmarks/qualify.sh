@@ -33,8 +33,8 @@ parts=()
 out=${OUT:-}
 while [ $# -gt 0 ]; do
   case $1 in
-    build | test | test-triton | verify | tune | bench | baseline | baseline-eager | baseline-torchvision | baseline-compile | \
-      baseline-max-autotune) parts+=("$1") ;;
+    build | test | test-triton | verify | tune | bench | baseline | baseline-eager | baseline-torchvision | \
+      baseline-compile | baseline-max-autotune) parts+=("$1") ;;
     all) parts+=(build test test-triton verify tune bench baseline) ;;
     -*) usage ;;
     *)
