@@ -248,7 +248,9 @@ def _implementation(operator: str, forced: str, arguments: tuple[Any, ...]) -> C
     """The function that runs the operator on these arguments; decided once for each device, dtype and width."""
     first: Tensor = arguments[0]
     key: tuple[Any, ...] = (operator, forced, first.device, first.dtype)
-    if operator in _FC1_WEIGHT:
+    if operator == "depthwise_conv2d_cast":
+        key += (arguments[3],)  # the dtype that it computes in
+    elif operator in _FC1_WEIGHT:
         key += (first.shape[-1], arguments[_FC1_WEIGHT[operator]].shape[0])
     decided = _decided.get(key)
     if decided is None:

@@ -19,6 +19,7 @@ __all__ = [
     "bias_gelu",
     "bias_gelu_backward",
     "depthwise_conv2d",
+    "depthwise_conv2d_cast",
     "depthwise_conv2d_input_grad",
     "depthwise_conv2d_weight_grad",
     "layer_norm",
@@ -75,6 +76,13 @@ def depthwise_conv2d(
         groups=weight.shape[0],
     )
     return _keep(y, sample_scale).contiguous(memory_format=torch.channels_last)
+
+
+def depthwise_conv2d_cast(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, sample_scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    x_copy = x.to(dtype, copy=True, memory_format=torch.channels_last)
+    return depthwise_conv2d(x_copy, weight, bias, 1, sample_scale), x_copy
 
 
 def _convolution_backward(

@@ -10,6 +10,10 @@
 STABLE_TORCH_LIBRARY(convnext_kernels, m) {
   // --- depthwise convolution: x (N, C, H, W), weight (C, 1, k, k), padding k / 2 -> (N, C, ceil(H / s), ceil(W / s))
   m.def("depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias, int stride, Tensor? sample_scale) -> Tensor");
+  // The same with stride 1 of x rounded to `dtype`, the dtype of y; x_copy is x in that dtype, of dropped samples too.
+  m.def(
+      "depthwise_conv2d_cast(Tensor x, Tensor weight, Tensor? bias, ScalarType dtype, Tensor? sample_scale) "
+      "-> (Tensor y, Tensor x_copy)");
   // The input has (H_out - 1) * stride + 1 + output_padding rows; `residual` (its shape) is added in the same pass.
   m.def(
       "depthwise_conv2d_input_grad(Tensor grad, Tensor weight, Tensor? residual, int stride, int[] output_padding, "

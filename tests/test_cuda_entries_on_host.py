@@ -123,6 +123,13 @@ DEFECTS = {
         "unaligned",
         "misaligned",
     ),
+    "drops-forgotten-where-the-cast-is-in-the-same-pass": (
+        "plain",
+        "params.sample_scale = data_or_null<float>(sample_scale);",
+        "params.sample_scale = nullptr;",
+        "the_cast_in_the_same_pass_on_tensor_cores",
+        "assert torch.equal(y, ops.depthwise_conv2d(x_copy, weight, bias, 1, sample_scale))",
+    ),
     "a-sum-not-launched": (
         "plain",
         "if (plan.partial_rows() == 0) return {zeros",

@@ -67,6 +67,36 @@ def test_depthwise_conv_on_tensor_cores_bounds_and_races(programs, variant, oper
             check(programs.path(PROGRAM, variant), case, **options)
 
 
+def rounding_options(shape, dtype, number):
+    """Those of a convolution that rounds its input from fp32; weights, bias, drops and chips change with `number`."""
+    case, options = options_of("forward", shape, dtype, number)
+    assert case == "convolution"
+    for name in ("result", "residual", "transposed", "extra", "expect"):
+        del options[name]
+    return "rounding_convolution", options | {"shared": [227, 163, 99][number % 3]}
+
+
+@pytest.mark.parametrize("index", range(len(SHAPES)), ids=lambda i: "x".join(map(str, SHAPES[i])))
+def test_rounding_convolution_has_the_bits_of_two_passes(programs, index):
+    for number, dtype in enumerate(DTYPES):
+        case, options = rounding_options(SHAPES[index], dtype, index + number)
+        check(programs.path(PROGRAM, "plain"), case, **options)
+
+
+@pytest.mark.parametrize("variant", ["asan", "race"])
+def test_rounding_convolution_bounds_and_races(programs, variant):
+    for index, shape in enumerate(REDUCED):
+        for number in (index, index + 1):
+            case, options = rounding_options(shape, DTYPES[index % 2], number)
+            check(programs.path(PROGRAM, variant), case, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounding_convolution_keeps_a_nan(programs, dtype):
+    case, options = rounding_options((3, 16, 7, 7), dtype, 0)
+    check(programs.path(PROGRAM, "plain"), case, **options | {"nan": 40, "drop": 2})
+
+
 @pytest.mark.parametrize("shape", [(3, 16, 7, 7), (2, 8, 14, 14), (1, 8, 30, 29)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_nan_reaches_its_neighbours_only(programs, dtype, shape):
@@ -207,6 +237,30 @@ DEFECTS = {
         (40, 8, 7, 7),
         "wrong values, first y",
     ),
+    "copy-of-the-halo": (
+        SHARED,
+        "row >= plan.rows || column < 0",
+        "row > plan.rows || column < 0",
+        "rounding",
+        ROWS,
+        "race: ",
+    ),
+    "copy-of-dropped-samples-left-out": (
+        SHARED,
+        "if constexpr (Pixels::kRounds) copied_images = pixels.existing;",
+        "if constexpr (Pixels::kRounds) copied_images = pixels.existing & live;",
+        "rounding",
+        SMALL,
+        "x_copy",
+    ),
+    "rounded-channels-swapped": (
+        SHARED,
+        "const uint4 low = at[0], high = at[pairs * kPixelUnits];",
+        "const uint4 low = at[pairs * kPixelUnits], high = at[0];",
+        "rounding",
+        SMALL,
+        "wrong values, first y",
+    ),
     "gradient-barrier-before-wait": (
         WEIGHT_GRADIENT,
         "    copy_async_wait<0>();\n    __syncthreads();  // the copies",
@@ -278,7 +332,10 @@ DEFECTS = {
 def test_planted_defect_in_tensor_kernels_is_found(programs, name):
     file, old, new, operator, shape, message = DEFECTS[name]
     # Number 16 has a bias and a residual in fp32, which a program for one type lacks.
-    case, options = options_of(operator, shape, "bfloat16", 16)
+    if operator == "rounding":
+        case, options = rounding_options(shape, "bfloat16", 16)
+    else:
+        case, options = options_of(operator, shape, "bfloat16", 16)
     options |= {"result": "bfloat16", "drop": 1 if shape[0] > 1 else -1, "multiprocessors": 1}
     if name in ("nan-spreads", "results-before-the-plane-is-read"):  # what a NaN takes another path for
         options |= {"nan": 0}

@@ -163,6 +163,30 @@ def test_dropped_samples(shape, dtype):
     torch.testing.assert_close(grad_bias, expected[3], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape",
+    [(4, 96, 56, 56, 7, 1), (9, 40, 7, 7, 7, 1), (3, 24, 15, 13, 7, 1), (2, 6, 9, 8, 7, 1), (2, 16, 9, 8, 5, 1)],
+    ids=lambda shape: "x".join(map(str, shape)),
+)
+def test_the_cast_in_the_same_pass(shape, dtype):
+    """Bit for bit a pass that casts and one that convolves; the copy of a dropped sample is a cast too."""
+    x, weight, bias, *_ = make(shape, torch.float32)
+    scale = torch.full((shape[0],), 1.25, device=DEVICE)
+    scale[1::3] = 0
+    memory = torch.empty(x.numel() + 1, device=DEVICE)
+    unaligned = memory[1:].view(x.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2).copy_(x)
+    for given, sample_scale in ((x, None), (x, scale), (unaligned, scale)):
+        y, x_copy = ops.depthwise_conv2d_cast(given, weight, bias, dtype, sample_scale)
+        assert torch.equal(x_copy, x.to(dtype))
+        assert torch.equal(y, ops.depthwise_conv2d(x_copy, weight, bias, 1, sample_scale))
+        assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (y, x_copy))
+    # Neighbours of a NaN in a dropped sample do not see it, and the copy holds it.
+    x[1] = float("nan")
+    y, x_copy = ops.depthwise_conv2d_cast(x, weight, bias, dtype, scale)
+    assert torch.equal(y[1], torch.zeros_like(y[1])) and x_copy[1].isnan().all() and y.isfinite().all()
+
+
 @pytest.mark.parametrize("unaligned", [("x",), ("grad",), ("residual",), ("x", "grad", "residual")], ids="-".join)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_unaligned_tensors(dtype, unaligned):

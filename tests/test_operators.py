@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import convnext_kernels as ck
-from convnext_kernels import backends, reference
+from convnext_kernels import backends, reference, reference_backend
 from numerics import assert_close, device_type
 
 ops = torch.ops.convnext_kernels
@@ -60,6 +60,11 @@ def raw_samples(dtype, requires_grad):
     s = drop(3, accumulation)
     yield ops.depthwise_conv2d, (x, weight, bias, 1, None)
     yield ops.depthwise_conv2d, (x, weight, None, 2, s)
+    # A cast with a rounding, then one without: of that any two backends give the same to fp64's precision.
+    other = {torch.float64: torch.float64, torch.float32: torch.bfloat16, torch.bfloat16: torch.float32}[dtype]
+    narrow = images(3, 8, 5, 6, dtype=torch.float32 if dtype == torch.float64 else dtype, requires_grad=requires_grad)
+    yield ops.depthwise_conv2d_cast, (narrow, weight, bias, other, drop(3, reference_backend.accumulation_dtype(other)))
+    yield ops.depthwise_conv2d_cast, (narrow, weight, None, torch.float64, None)
     yield ops.depthwise_conv2d_input_grad, (images(3, 8, 3, 3, **r), weight, None, 2, [0, 1], None)
     yield ops.depthwise_conv2d_input_grad, (images(3, 8, 5, 6, **r), weight, x, 1, [0, 0], s)
     yield ops.depthwise_conv2d_weight_grad, (images(3, 8, 3, 3, **r), x, 3, 2, s)
@@ -100,7 +105,7 @@ def test_opcheck(index, dtype):
     torch.library.opcheck(operator.default, arguments)
 
 
-FORWARD = ["depthwise_conv2d", "layer_norm", "bias_gelu", "layer_norm_mlp", "convnext_block"]
+FORWARD = ["depthwise_conv2d", "depthwise_conv2d_cast", "layer_norm", "bias_gelu", "layer_norm_mlp", "convnext_block"]
 
 
 @pytest.mark.parametrize("name", FORWARD)
@@ -180,6 +185,30 @@ def test_raw_operators_differentiate():
     expected = torch.autograd.grad(reference.depthwise_conv2d(x, weight).square().sum(), (x, weight))
     got = torch.autograd.grad(ops.depthwise_conv2d(x, weight, None, 1, None).square().sum(), (x, weight))
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(3, 24, 15, 13, 7), (2, 5, 6, 4, 7), (3, 8, 9, 8, 5), (0, 8, 7, 7, 7)], ids=str)
+def test_a_cast_and_a_convolution_are_two_operators_in_one(shape, dtype):
+    """The same bits, gradients too, as `to` and then the convolution; the copy of a dropped sample is one as well."""
+    n, c, h, w, size = shape
+    x, weight, bias = images(n, c, h, w), values(c, 1, size, size), values(c)
+    scale = drop(n, reference_backend.accumulation_dtype(dtype)) if n else None
+    y, x_copy = ops.depthwise_conv2d_cast(x, weight, bias, dtype, scale)
+    assert torch.equal(x_copy, x.to(dtype)) and x_copy.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(y, ops.depthwise_conv2d(x.to(dtype), weight, bias, 1, scale))
+    assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
+
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    grads = torch.randn_like(y), torch.randn_like(y)
+    ours = torch.autograd.grad(ops.depthwise_conv2d_cast(*inputs, dtype, scale), inputs, grads)
+    rounded = x.to(dtype)
+    theirs = torch.autograd.grad((ops.depthwise_conv2d(rounded, weight, bias, 1, scale), rounded), inputs, grads)
+    assert [g.dtype for g in ours] == [torch.float32] * 3
+    # Autograd adds the two gradients of the copy in its dtype, we in x's.
+    tolerance = max(torch.finfo(dtype).eps, 1e-6)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=tolerance, atol=8 * tolerance)
+    assert torch.equal(ours[1], theirs[1]) and torch.equal(ours[2], theirs[2])
 
 
 def test_results_kept_for_the_backward_of_the_block_are_differentiable():

@@ -357,11 +357,14 @@ def test_layer_norm_plan(backward, rows, channels, bytes_, other_bytes, aligned,
     height=sizes,
     width=sizes,
     staged_bytes=st.sampled_from([2, 4]),
+    rounds=st.booleans(),
 )
-def test_tensor_plan(architecture, samples, channels, height, width, staged_bytes):
+def test_tensor_plan(architecture, samples, channels, height, width, staged_bytes, rounds):
     chip = plans.chip_of_architecture(architecture)
     for kind in tile_kinds():
-        plan = depthwise_conv.plan_tensor(kind, samples, channels, height, width, staged_bytes, chip)
+        # An input in fp32, in a convolution without a residual.
+        input_bytes = 4 if rounds and kind == depthwise_conv.Kind.CONVOLUTION and staged_bytes == 2 else 2
+        plan = depthwise_conv.plan_tensor(kind, samples, channels, height, width, staged_bytes, chip, input_bytes)
         assert plan.exists
         if samples == 0:
             assert plan.row_blocks == 0

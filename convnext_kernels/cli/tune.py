@@ -92,6 +92,8 @@ def arguments_of(workload: Workload, device: torch.device) -> tuple[Any, ...]:
 
     if workload.operator == "depthwise_conv2d":
         return image(), normal(c, 1, 7, 7, scale=1 / 7), normal(c), 1, None
+    if workload.operator == "depthwise_conv2d_cast":
+        return image().float(), normal(c, 1, 7, 7, scale=1 / 7), normal(c), dtype, None
     if workload.operator == "depthwise_conv2d_input_grad":
         return image(), normal(c, 1, 7, 7, scale=1 / 7), image(), 1, [0, 0], None
     if workload.operator == "depthwise_conv2d_weight_grad":

@@ -36,9 +36,10 @@ def _forward(
     (*mlp, compute_dtype, out_dtype, recompute), call = _split_backend(rest, 15)
     sample_scale = mlp[-3]
     # x itself is saved where it is in the compute dtype; a result may not alias an argument, hence the empty tensor.
-    same = x.dtype == compute_dtype
-    x_copy = x.new_empty((0,)) if same else x.to(compute_dtype)
-    z = call("depthwise_conv2d", x if same else x_copy, conv_weight, conv_bias, 1, sample_scale)
+    if x.dtype == compute_dtype:
+        x_copy, z = x.new_empty((0,)), call("depthwise_conv2d", x, conv_weight, conv_bias, 1, sample_scale)
+    else:
+        z, x_copy = call("depthwise_conv2d_cast", x, conv_weight, conv_bias, compute_dtype, sample_scale)
     y, mean, rstd, hidden = call(
         "layer_norm_mlp", z.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1), *mlp, out_dtype, not recompute
     )

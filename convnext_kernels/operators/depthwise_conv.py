@@ -28,6 +28,13 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, sample_scale:
     return dense_channels_last(x, (n, c, output_size(h, stride), output_size(w, stride)), x.dtype)
 
 
+@fake("depthwise_conv2d_cast")
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, sample_scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return dense_channels_last(x, x.shape, dtype), dense_channels_last(x, x.shape, dtype)
+
+
 @fake("depthwise_conv2d_input_grad")
 def _(
     grad: Tensor,
@@ -80,7 +87,43 @@ class DepthwiseConv2dFunction(torch.autograd.Function):
         return dx, dweight, dbias, None, None
 
 
+class DepthwiseConv2dCastFunction(torch.autograd.Function):
+    """Saves the rounded input, which is a result, and the weight. Arguments are those of the raw operator."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, sample_scale: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return backends.call("depthwise_conv2d_cast", x, weight, bias, dtype, sample_scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, bias, _, sample_scale = inputs
+        ctx.save_for_backward(output[1], weight, sample_scale)
+        ctx.x_dtype = x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_x_copy: Tensor) -> tuple[Tensor | None, ...]:
+        x_copy, weight, sample_scale = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        operators = torch.ops.convnext_kernels
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        dx = dweight = dbias = None
+        if needs_x:
+            residual = grad_x_copy.to(ctx.x_dtype).contiguous(memory_format=torch.channels_last)
+            dx = operators.depthwise_conv2d_input_grad(grad, weight, None, 1, [0, 0], sample_scale)
+            dx = dx.to(ctx.x_dtype) + residual
+        if needs_weight or needs_bias:
+            size = weight.shape[-1]
+            dweight, dbias = operators.depthwise_conv2d_weight_grad(grad, x_copy, size, 1, sample_scale)
+            dweight = dweight.to(weight.dtype) if needs_weight else None
+            dbias = dbias.to(ctx.bias_dtype) if needs_bias else None
+        return dx, dweight, dbias, None, None
+
+
 differentiate("depthwise_conv2d", DepthwiseConv2dFunction, partial(backends.call, "depthwise_conv2d"))
+differentiate("depthwise_conv2d_cast", DepthwiseConv2dCastFunction, partial(backends.call, "depthwise_conv2d_cast"))
 differentiate_once("depthwise_conv2d_input_grad", partial(backends.call, "depthwise_conv2d_input_grad"))
 differentiate_once("depthwise_conv2d_weight_grad", partial(backends.call, "depthwise_conv2d_weight_grad"))
 

@@ -23,6 +23,7 @@ __all__ = ["OPERATORS", "implementation", "why_not"]
 #: have a function `why_not(operator, *arguments)` of its own for what `why_not_tensor` does not see.
 OPERATORS: dict[str, str] = {
     "depthwise_conv2d": "depthwise_conv",
+    "depthwise_conv2d_cast": "depthwise_conv",
     "depthwise_conv2d_input_grad": "depthwise_conv",
     "depthwise_conv2d_weight_grad": "depthwise_conv",
     "layer_norm": "layer_norm",

@@ -25,7 +25,7 @@ from torch import Tensor
 from . import config, launch
 from .partials import add_rows
 
-__all__ = ["depthwise_conv2d", "depthwise_conv2d_input_grad", "depthwise_conv2d_weight_grad"]
+__all__ = ["depthwise_conv2d", "depthwise_conv2d_cast", "depthwise_conv2d_input_grad", "depthwise_conv2d_weight_grad"]
 
 # Programs a multiprocessor is given, each of one warp: about what the registers of the tuned case let it hold.
 _PROGRAMS_A_MULTIPROCESSOR = 16
@@ -369,6 +369,13 @@ def _strided_blocks(channels: int) -> dict[str, int]:
     return {"BLOCK_P": 16, "BLOCK_C": min(64, max(16, triton.next_power_of_2(channels))), "num_warps": 4}
 
 
+def why_not(operator: str, *arguments: Any) -> str | None:
+    """Why these arguments cannot be taken, the tensors' dtype and device apart; None where they can."""
+    if operator == "depthwise_conv2d_cast" and arguments[3] not in launch.DTYPES:
+        return f"Triton kernels compute in float32, float16 and bfloat16, not {arguments[3]}"
+    return None
+
+
 def depthwise_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, sample_scale: Tensor | None
 ) -> Tensor:
@@ -392,6 +399,14 @@ def depthwise_conv2d(
             constants = {"C": channels, "K": kernel_size, "STRIDE": stride, "TRANSPOSED": False, **blocks}
             launch.run(_gather_kernel, grid, rows, weight, bias, None, sample_scale, y, *shape, **constants)
     return y.permute(0, 3, 1, 2)
+
+
+def depthwise_conv2d_cast(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, sample_scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The raw operator of that name (csrc/operators.cpp): the cast is a pass of PyTorch's before the convolution."""
+    x_copy = x.to(dtype, copy=True, memory_format=torch.channels_last)
+    return depthwise_conv2d(x_copy, weight, bias, 1, sample_scale), x_copy
 
 
 def depthwise_conv2d_input_grad(

@@ -108,6 +108,12 @@ inline Tensor empty_channels_last(const Tensor& like, const std::vector<int64_t>
                               like.device(), std::nullopt, MemoryFormat::ChannelsLast);
 }
 
+// A dense channels-last tensor of another type; a copy also where it has that type.
+inline Tensor converted_channels_last(const Tensor& tensor, ScalarType type) {
+  return torch::stable::to(tensor, type, std::nullopt, std::nullopt, std::nullopt, false, true,
+                           MemoryFormat::ChannelsLast);
+}
+
 // A small parameter as a contiguous tensor of the accumulation type.
 inline Tensor as_type(const Tensor& tensor, ScalarType type) {
   return torch::stable::contiguous(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));

@@ -202,6 +202,14 @@ Tensor depthwise_conv2d(Tensor x, Tensor weight, OptionalTensor bias, int64_t st
   return y;
 }
 
+// Two passes: on a CPU the convolution is bound by arithmetic.
+std::tuple<Tensor, Tensor> depthwise_conv2d_cast(Tensor x, Tensor weight, OptionalTensor bias, ScalarType dtype,
+                                                 OptionalTensor sample_scale) {
+  check_image("depthwise_conv2d_cast", "x", x);
+  const Tensor x_copy = converted_channels_last(detach(x), dtype);
+  return {depthwise_conv2d(x_copy, weight, bias, 1, sample_scale), x_copy};
+}
+
 Tensor depthwise_conv2d_input_grad(Tensor grad, Tensor weight, OptionalTensor residual, int64_t stride,
                                    std::vector<int64_t> output_padding, OptionalTensor sample_scale) {
   constexpr const char* kOp = "depthwise_conv2d_input_grad";
@@ -339,6 +347,7 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_weight_grad(Tensor grad, Tensor x, i
 
 STABLE_TORCH_LIBRARY_IMPL(convnext_kernels, CPU, m) {
   m.impl("depthwise_conv2d", TORCH_BOX(&depthwise_conv2d));
+  m.impl("depthwise_conv2d_cast", TORCH_BOX(&depthwise_conv2d_cast));
   m.impl("depthwise_conv2d_input_grad", TORCH_BOX(&depthwise_conv2d_input_grad));
   m.impl("depthwise_conv2d_weight_grad", TORCH_BOX(&depthwise_conv2d_weight_grad));
 }

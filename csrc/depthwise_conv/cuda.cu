@@ -47,9 +47,19 @@ Tensor check_weight(const char* op, const Tensor& weight, const Tensor& like, in
   return torch::stable::contiguous(weight);
 }
 
-void check_sample_scale(const char* op, const OptionalTensor& sample_scale, const Tensor& like) {
+// Likewise.
+OptionalTensor check_bias(const char* op, const OptionalTensor& bias, const Tensor& like, int64_t channels) {
+  if (!bias) return std::nullopt;
+  check_cuda(op, "bias", *bias, like);
+  check_dtype(op, "bias", *bias);
+  check_shape(op, "bias", *bias, {channels});
+  return torch::stable::contiguous(*bias);
+}
+
+// `type`: what the convolution computes with.
+void check_sample_scale(const char* op, const OptionalTensor& sample_scale, const Tensor& like, ScalarType type) {
   if (!sample_scale) return;
-  const ScalarType accumulation = accumulation_type(like.scalar_type());
+  const ScalarType accumulation = accumulation_type(type);
   check_cuda(op, "sample_scale", *sample_scale, like);
   check_shape(op, "sample_scale", *sample_scale, {like.size(0)});
   if (sample_scale->scalar_type() != accumulation)
@@ -129,21 +139,60 @@ Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const OptionalTen
   constexpr const char* kOp = "depthwise_conv2d";
   const Images shape = check_images(kOp, "x", x, x);
   const Tensor dense_weight = check_weight(kOp, weight, x, shape.channels);
-  OptionalTensor dense_bias;
-  if (bias) {
-    check_cuda(kOp, "bias", *bias, x);
-    check_dtype(kOp, "bias", *bias);
-    check_shape(kOp, "bias", *bias, {shape.channels});
-    dense_bias = torch::stable::contiguous(*bias);
-  }
+  const OptionalTensor dense_bias = check_bias(kOp, bias, x, shape.channels);
   check_stride(kOp, stride);
-  check_sample_scale(kOp, sample_scale, x);
+  check_sample_scale(kOp, sample_scale, x, x.scalar_type());
   const CudaContext context(x);
   const Tensor y = empty_channels_last(
       x, {shape.samples, shape.channels, output_size(shape.height, stride), output_size(shape.width, stride)},
       x.scalar_type());
   run_convolution({kOp, x, dense_weight, dense_bias, std::nullopt, sample_scale, y, shape, stride, false}, context);
   return y;
+}
+
+// The cast and the convolution in one pass, where there is a kernel that takes this.
+template <class T>
+bool run_rounding_convolution(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                              const OptionalTensor& sample_scale, const Tensor& y, const Tensor& x_copy,
+                              const Images& shape, const CudaContext& context) {
+  const bool aligned = is_vector_aligned(x) && is_vector_aligned(y) && is_vector_aligned(x_copy);
+  const TensorPlan plan = plan_rounding_convolution<T>(shape, static_cast<int>(weight.size(2)), bias.has_value(),
+                                                       aligned, context.chip(), asked_version(op));
+  if (!plan.exists()) return false;
+  TensorConvolutionParams<T, T, float> params{};
+  params.x = static_cast<const float*>(x.const_data_ptr());
+  params.weight = as_parameter(weight);
+  params.bias = as_parameter(bias);
+  params.sample_scale = data_or_null<float>(sample_scale);
+  params.y = static_cast<T*>(y.mutable_data_ptr());
+  params.shape = shape;
+  params.plan = plan;
+  params.x_copy = static_cast<T*>(x_copy.mutable_data_ptr());
+  launch_tensor_convolution(op, params, context.stream());
+  return true;
+}
+
+std::tuple<Tensor, Tensor> depthwise_conv2d_cast(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                                 ScalarType dtype, const OptionalTensor& sample_scale) {
+  constexpr const char* kOp = "depthwise_conv2d_cast";
+  const Images shape = check_images(kOp, "x", x, x);
+  const Tensor dense_weight = check_weight(kOp, weight, x, shape.channels);
+  const OptionalTensor dense_bias = check_bias(kOp, bias, x, shape.channels);
+  if (!is_supported(dtype)) fail(kOp, "dtype", "float32, float64, float16 or bfloat16", describe(dtype));
+  check_sample_scale(kOp, sample_scale, x, dtype);
+  const CudaContext context(x);
+  const Tensor y = empty_channels_last(x, {shape.samples, shape.channels, shape.height, shape.width}, dtype);
+  if (x.scalar_type() == ScalarType::Float && (dtype == ScalarType::Half || dtype == ScalarType::BFloat16)) {
+    const Tensor x_copy = empty_channels_last(x, {shape.samples, shape.channels, shape.height, shape.width}, dtype);
+    const auto run = [&](auto element) {
+      return run_rounding_convolution<decltype(element)>(kOp, x, dense_weight, dense_bias, sample_scale, y, x_copy,
+                                                         shape, context);
+    };
+    if (dtype == ScalarType::Half ? run(__half{}) : run(__nv_bfloat16{})) return {y, x_copy};
+  }
+  const Tensor x_copy = converted_channels_last(x, dtype);
+  run_convolution({kOp, x_copy, dense_weight, dense_bias, std::nullopt, sample_scale, y, shape, 1, false}, context);
+  return {y, x_copy};
 }
 
 Tensor depthwise_conv2d_input_grad(const Tensor& grad, const Tensor& weight, const OptionalTensor& residual,
@@ -168,7 +217,7 @@ Tensor depthwise_conv2d_input_grad(const Tensor& grad, const Tensor& weight, con
     if (accumulation_type(type) != accumulation_type(grad.scalar_type()))
       fail(kOp, "residual", "float64 where grad is and only there", describe(type));
   }
-  check_sample_scale(kOp, sample_scale, grad);
+  check_sample_scale(kOp, sample_scale, grad, grad.scalar_type());
   const CudaContext context(grad);
   const Tensor result = empty_channels_last(grad, result_shape, type);
   run_convolution({kOp, grad, dense_weight, std::nullopt, residual, sample_scale, result, shape, stride, true},
@@ -187,7 +236,7 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_weight_grad(const Tensor& grad, cons
   check_stride(kOp, stride);
   check_shape(kOp, "grad", grad,
               {shape.samples, shape.channels, output_size(shape.height, stride), output_size(shape.width, stride)});
-  check_sample_scale(kOp, sample_scale, x);
+  check_sample_scale(kOp, sample_scale, x, x.scalar_type());
   const CudaContext context(x);
   const ScalarType type = accumulation_type(x.scalar_type());
   const std::vector<int64_t> weight_shape = {shape.channels, 1, kernel_size, kernel_size};
@@ -222,6 +271,7 @@ std::tuple<Tensor, Tensor> depthwise_conv2d_weight_grad(const Tensor& grad, cons
 
 STABLE_TORCH_LIBRARY_IMPL(convnext_kernels, CUDA, m) {
   m.impl("depthwise_conv2d", TORCH_BOX(&convnext_kernels::depthwise_conv2d));
+  m.impl("depthwise_conv2d_cast", TORCH_BOX(&convnext_kernels::depthwise_conv2d_cast));
   m.impl("depthwise_conv2d_input_grad", TORCH_BOX(&convnext_kernels::depthwise_conv2d_input_grad));
   m.impl("depthwise_conv2d_weight_grad", TORCH_BOX(&convnext_kernels::depthwise_conv2d_weight_grad));
 }

@@ -10,6 +10,11 @@ template void launch_tensor_convolution(const char*, const TensorConvolutionPara
                                         cudaStream_t);
 template void launch_tensor_convolution(const char*, const TensorConvolutionParams<__nv_bfloat16, float>&,
                                         cudaStream_t);
+template void launch_tensor_convolution(const char*, const TensorConvolutionParams<__half, __half, float>&,
+                                        cudaStream_t);
+template void launch_tensor_convolution(const char*,
+                                        const TensorConvolutionParams<__nv_bfloat16, __nv_bfloat16, float>&,
+                                        cudaStream_t);
 template void launch_tensor_weight_gradient(const char*, const TensorWeightGradientParams<__half>&, cudaStream_t);
 template void launch_tensor_weight_gradient(const char*, const TensorWeightGradientParams<__nv_bfloat16>&,
                                             cudaStream_t);

@@ -3,6 +3,9 @@
 // A patch comes into shared memory twice. Asynchronous copies bring its pixels as they lie in memory, 16 channels of 32
 // bytes each, while the patch before is worked on. Then they are transposed into planes: one a channel, rows of
 // neighbouring columns, with zeros for what lies outside of the image, as the tensor cores want pairs along a row.
+//
+// An input in fp32 (autocast) is copied as it is, in 64 bytes a pixel, and rounded on the way into the planes; what was
+// rounded is also a result, which the patch that a pixel belongs to writes.
 #pragma once
 #include "depthwise_conv/kernels.cuh"
 #include "depthwise_conv/tensor_launch_plan.h"
@@ -65,32 +68,36 @@ struct PatchWindow {
 };
 
 // Where a copied pixel lies: even columns of a row first, then the odd ones, so that threads that read neighbouring
-// pairs of columns read neighbouring memory. `row` counts the rows of all images.
+// pairs of columns read neighbouring memory. `row` counts the rows of all images. Of fp32, kParts = 2: each half's
+// first four channels of all columns, then its last four.
+template <int kParts>
 __device__ __forceinline__ int copied_unit(int row, int column, int pairs) {
-  return ((row * 2 + (column & 1)) * pairs + (column >> 1)) * kPixelUnits;
+  return ((row * 2 + (column & 1)) * kParts * pairs + (column >> 1)) * kPixelUnits;
 }
 
 // Starts copying a patch's window. A group of kLanes threads has a row at a time.
 template <int kLanes, class T>
 __device__ __forceinline__ void copy_window(uint4* to, const T* from, const Images& shape, const PatchWindow& window,
                                             int64_t sample, unsigned live, int images, int most_rows, int pairs) {
-  constexpr int kColumns = kLanes / kPixelUnits;  // at a time: an even number, so that a thread's parity stays
-  const int thread = reread_thread_index(), half = thread % kPixelUnits, first_column = thread % kLanes / kPixelUnits;
-  const int channel = static_cast<int>(blockIdx.x) * kTensorChunk + half * (kTensorChunk / kPixelUnits);
+  constexpr int kParts = sizeof(T) / 2, kUnits = kParts * kPixelUnits;  // of a pixel
+  constexpr int kColumns = kLanes / kUnits;  // at a time: an even number, so that a thread's parity stays
+  static_assert(kColumns % 2 == 0);
+  const int thread = reread_thread_index(), unit = thread % kUnits, first_column = thread % kLanes / kUnits;
+  const int channel = static_cast<int>(blockIdx.x) * kTensorChunk + unit * (kTensorChunk / kUnits);
   if (channel >= shape.channels) return;
   const int rows = window.bottom - window.top, columns = window.right - window.left;
   from += ((sample * shape.height + window.top) * shape.width + window.left + first_column) * shape.channels + channel;
-  to += copied_unit(0, first_column, pairs) + half;
+  to += copied_unit<kParts>(0, first_column, pairs) + unit % kParts * pairs * kPixelUnits + unit / kParts;
   for (int i = thread / kLanes; i < images * rows; i += static_cast<int>(blockDim.x) / kLanes) {
     const int image = images == 1 ? 0 : divide(i, rows), row = i - image * rows;
     if (!(live >> image & 1)) continue;
     const T* at = from + static_cast<int64_t>(image * shape.height + row) * shape.width * shape.channels;
-    uint4* into = to + copied_unit(image * most_rows + row, 0, pairs);
+    uint4* into = to + copied_unit<kParts>(image * most_rows + row, 0, pairs);
 #pragma unroll 1  // the weights' gradient has no registers to spare
     for (int column = first_column; column < columns; column += kColumns) {
       copy_async(into, at, true);
       at += kColumns * shape.channels;
-      into += copied_unit(0, kColumns, pairs);
+      into += copied_unit<kParts>(0, kColumns, pairs);
     }
   }
 }
@@ -101,31 +108,81 @@ __device__ __forceinline__ int plane_of(int channel, int plane_units) {
   return channel * plane_units + channel / 8 * 4;
 }
 
+// How transpose_window reads a pixel's eight channels: as they are,
+struct CopiedPixels {
+  static constexpr int kParts = 1;
+  static constexpr bool kRounds = false;
+
+  __device__ __forceinline__ uint4 read(const uint4* at, int /*pairs*/) const { return *at; }
+};
+
+// or from fp32, rounded to T. Then pixels that belong to the patch itself are stored too.
+template <class T>
+struct RoundedPixels {
+  static constexpr int kParts = 2;
+  static constexpr bool kRounds = true;
+  T* result;  // (samples, height, width, channels)
+  const Images& shape;
+  const TensorPlan& plan;
+  const Patch& patch;
+  unsigned existing;  // bit i: image i of the patch exists; dropped ones are copied and rounded as well
+
+  __device__ __forceinline__ uint4 read(const uint4* at, int pairs) const {
+    const uint4 low = at[0], high = at[pairs * kPixelUnits];
+    return {pack_pair<T>(__uint_as_float(low.x), __uint_as_float(low.y)),
+            pack_pair<T>(__uint_as_float(low.z), __uint_as_float(low.w)),
+            pack_pair<T>(__uint_as_float(high.x), __uint_as_float(high.y)),
+            pack_pair<T>(__uint_as_float(high.z), __uint_as_float(high.w))};
+  }
+  // `row` and `column` from the window's first, which is kPadding before the patch's. Those outside of the image are
+  // the caller's to leave out.
+  __device__ __forceinline__ void store(int image, int row, int column, int half, const uint4& bits) const {
+    row -= kPadding;
+    column -= kPadding;
+    if (row < 0 || row >= plan.rows || column < 0 || column >= plan.columns) return;
+    const int64_t pixel =
+        ((patch.sample + image) * shape.height + patch.row + row) * shape.width + patch.column + column;
+    Vector<T, 8> vector;
+    std::memcpy(&vector, &bits, sizeof(bits));
+    convnext_kernels::store(
+        result + pixel * shape.channels + static_cast<int64_t>(blockIdx.x) * kTensorChunk + half * 8, vector);
+  }
+};
+
 // From the copied pixels to planes of kBlocks * 8 columns and `rows` rows an image, of which the first is
 // `first_column` and `first_row`. A thread turns two pixels' eight channels into pairs of columns: two reads of 16
 // bytes, eight byte permutations, eight writes of 4 bytes. It keeps its columns and goes from row to row.
-template <int kBlocks, int kSegmentRows>
+template <int kBlocks, int kSegmentRows, class Pixels = CopiedPixels>
 __device__ __forceinline__ void transpose_window(uint4* planes, int plane_units, int image_units, const uint4* copied,
                                                  const PatchWindow& window, int first_row, int rows, int first_column,
-                                                 unsigned live, int images, int most_rows, int pairs, int halves) {
+                                                 unsigned live, int images, int most_rows, int pairs, int halves,
+                                                 const Pixels& pixels = {}) {
+  constexpr int kParts = Pixels::kParts;
   constexpr int kRowItems = kBlocks * kBlockColumns / 2 * kPixelUnits;
   const int thread = reread_thread_index(), row_step = static_cast<int>(blockDim.x) / kRowItems;
   const int half = thread % kPixelUnits, pair = thread % kRowItems / kPixelUnits;
   if (thread >= row_step * kRowItems || half >= halves) return;
   const int column = first_column + 2 * pair - window.left, columns = window.right - window.left;
   const bool has_first = column >= 0 && column < columns, has_second = column >= -1 && column + 1 < columns;
-  const uint4* const first_column_of = copied + copied_unit(0, column, pairs) + half;
-  const uint4* const second_column_of = copied + copied_unit(0, column + 1, pairs) + half;
+  const uint4* const first_column_of = copied + copied_unit<kParts>(0, column, pairs) + half;
+  const uint4* const second_column_of = copied + copied_unit<kParts>(0, column + 1, pairs) + half;
   const int above = window.top - first_row, copied_rows = window.bottom - window.top, channel = plane_units * 4;
   planes += plane_of(half * 8, plane_units);
   for (int image = 0; image < images; ++image, planes += image_units) {
 #pragma unroll 1  // as above
     for (int row = thread / kRowItems; row < rows; row += row_step) {
-      const bool exists = (live >> image & 1) && row >= above && row < above + copied_rows;
-      const int unit = copied_unit(image * most_rows + row - above, 0, pairs);
+      unsigned copied_images = live;
+      if constexpr (Pixels::kRounds) copied_images = pixels.existing;
+      const bool exists = (copied_images >> image & 1) && row >= above && row < above + copied_rows;
+      const int unit = copied_unit<kParts>(image * most_rows + row - above, 0, pairs);
       uint4 first{0, 0, 0, 0}, second{0, 0, 0, 0};
-      if (exists && has_first) first = first_column_of[unit];
-      if (exists && has_second) second = second_column_of[unit];
+      if (exists && has_first) first = pixels.read(first_column_of + unit, pairs);
+      if (exists && has_second) second = pixels.read(second_column_of + unit, pairs);
+      if constexpr (Pixels::kRounds) {
+        if (exists && has_first) pixels.store(image, row, 2 * pair, half, first);
+        if (exists && has_second) pixels.store(image, row, 2 * pair + 1, half, second);
+        if (!(live >> image & 1)) first = second = {0, 0, 0, 0};
+      }
       uint32_t* const to = reinterpret_cast<uint32_t*>(planes + row_units(row, kBlocks, kSegmentRows)) + pair;
       to[0 * channel] = lower_halves(first.x, second.x);
       to[1 * channel] = upper_halves(first.x, second.x);

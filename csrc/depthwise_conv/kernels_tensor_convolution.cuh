@@ -202,8 +202,8 @@ __device__ __forceinline__ void stage_results(uint4* plane, const PlaneSums<kBlo
 
 // From the planes of results to memory, 16 bytes at a time: eight channels of two neighbouring columns, or of one where
 // there is a residual. A group of kLanes threads has a row.
-template <class T, class R, bool kResidual, int kBlocks>
-__device__ __forceinline__ void store_results(const uint4* planes, const TensorConvolutionParams<T, R>& params,
+template <class T, class R, bool kResidual, int kBlocks, class X>
+__device__ __forceinline__ void store_results(const uint4* planes, const TensorConvolutionParams<T, R, X>& params,
                                               const Patch& patch, unsigned live, int halves) {
   using Results = StagedResults<T, kResidual, kBlocks>;
   constexpr int kColumns = kResidual ? 1 : 2, kRowItems = kBlocks * kBlockColumns / kColumns * kPixelUnits;
@@ -262,9 +262,10 @@ __device__ __forceinline__ void store_results(const uint4* planes, const TensorC
   }
 }
 
-template <class T, class R, bool kResidual, int kBlocks>
+template <class T, class R, bool kResidual, int kBlocks, class X>
 __global__ void __launch_bounds__(kTensorConvolutionWarps* kWarpSize, 2)
-    tensor_convolution_kernel(const __grid_constant__ TensorConvolutionParams<T, R> params) {
+    tensor_convolution_kernel(const __grid_constant__ TensorConvolutionParams<T, R, X> params) {
+  constexpr bool kRounds = !std::is_same_v<X, T>;
   constexpr int kSegmentRows = 2 * pairs_of(kBlocks), kPitch = kBlocks + 1;
   constexpr int kCopyLanes = kBlocks == 1 ? 16 : 32;  // a row of 8 columns is 16 copies
   const TensorPlan& plan = params.plan;
@@ -279,7 +280,9 @@ __global__ void __launch_bounds__(kTensorConvolutionWarps* kWarpSize, 2)
   const int first_channel = static_cast<int>(blockIdx.x) * kTensorChunk;
   const int halves = min((shape.channels - first_channel) / 8, kPixelUnits);
 
+  // Also where samples are dropped, if they are to be rounded.
   const auto copy = [&](const Patch& of, unsigned live) {
+    if constexpr (kRounds) live = live_images(shape, nullptr, plan, of.sample);
     copy_window<kCopyLanes>(copied, params.x, shape, PatchWindow(of, plan, shape, kPadding), of.sample, live,
                             plan.images, plan.copied_rows, plan.copied_pairs);
     copy_async_commit();
@@ -291,11 +294,16 @@ __global__ void __launch_bounds__(kTensorConvolutionWarps* kWarpSize, 2)
   for (;; --left) {
     copy_async_wait<0>();
     __syncthreads();  // the copies are here, and nobody reads the planes any more
-    if (live) {
+    const auto transpose = [&](const auto& pixels) {
       transpose_window<kPitch, kSegmentRows>(planes, plan.plane_units, plan.image_units, copied,
                                              PatchWindow(patch, plan, shape, kPadding), patch.row - kPadding,
                                              plan.rows + kHaloRows, patch.column - kPadding, live, plan.images,
-                                             plan.copied_rows, plan.copied_pairs, halves);
+                                             plan.copied_rows, plan.copied_pairs, halves, pixels);
+    };
+    if constexpr (kRounds) {
+      transpose(RoundedPixels<T>{params.x_copy, shape, plan, patch, live_images(shape, nullptr, plan, patch.sample)});
+    } else {
+      if (live) transpose(CopiedPixels{});
     }
     __syncthreads();  // the planes are here, and nobody reads the copies any more
     Patch next = patch;
@@ -326,23 +334,24 @@ __global__ void __launch_bounds__(kTensorConvolutionWarps* kWarpSize, 2)
       stage_results<T, kResidual, kBlocks>(plane, sums, plan.images * plan.segments, lane);
     }
     __syncthreads();  // the results are here
-    store_results<T, R, kResidual, kBlocks>(planes, params, patch, live, halves);
+    store_results<T, R, kResidual, kBlocks, X>(planes, params, patch, live, halves);
     if (left == 1) break;
     patch = next;
     live = next_live;
   }
 }
 
-template <class T, class R>
-void launch_tensor_convolution(const char* op, const TensorConvolutionParams<T, R>& params, cudaStream_t stream) {
+template <class T, class R, class X>
+void launch_tensor_convolution(const char* op, const TensorConvolutionParams<T, R, X>& params, cudaStream_t stream) {
   const TensorPlan& plan = params.plan;
   if (plan.row_blocks == 0) return;
   const LaunchShape shape{dim3(static_cast<unsigned>(plan.chunks), static_cast<unsigned>(plan.row_blocks)),
                           dim3(kTensorConvolutionWarps * kWarpSize), static_cast<size_t>(plan.shared_bytes), stream};
   const auto run = [&](auto blocks) {
     constexpr int kBlocks = decltype(blocks)::value;
-    if (params.residual) return launch(op, tensor_convolution_kernel<T, R, true, kBlocks>, shape, params);
-    if constexpr (std::is_same_v<T, R>) launch(op, tensor_convolution_kernel<T, R, false, kBlocks>, shape, params);
+    if constexpr (std::is_same_v<T, X>)
+      if (params.residual) return launch(op, tensor_convolution_kernel<T, R, true, kBlocks, X>, shape, params);
+    if constexpr (std::is_same_v<T, R>) launch(op, tensor_convolution_kernel<T, R, false, kBlocks, X>, shape, params);
   };
   if (plan.blocks == 4) return run(std::integral_constant<int, 4>{});
   if (plan.blocks == 2) return run(std::integral_constant<int, 2>{});

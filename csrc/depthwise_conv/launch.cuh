@@ -76,6 +76,22 @@ void launch_convolution(const char* op, SimpleConvolutionParams<T, R> params, bo
   launch_simple_convolution(op, params, stream);
 }
 
+// The plan of a convolution that reads fp32, rounds it to T and writes what it rounded; none exists where a pass that
+// rounds comes first. Only version 2 has such a kernel, and only where it is what would run after that pass: the bits
+// are the same.
+template <class T>
+TensorPlan plan_rounding_convolution(const Images& shape, int kernel_size, bool bias, bool aligned, const Chip& chip,
+                                     Version version) {
+  if constexpr (kHasTensorKernel<T, T>) {
+    const bool tensor =
+        plan_convolution<T, T>(shape, kernel_size, 1, false, bias, aligned, chip, version).tensor.exists();
+    if (tensor)
+      return plan_tensor(Kind::kConvolution, shape.samples, shape.channels, shape.height, shape.width, 2, chip,
+                         sizeof(float));
+  }
+  return {};
+}
+
 struct WeightGradientLaunch {
   bool tuned = false;
   TensorPlan tensor;  // of a tuned one; exists if it is version 2

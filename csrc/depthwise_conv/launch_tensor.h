@@ -5,10 +5,11 @@
 
 namespace convnext_kernels::depthwise_conv {
 
-// T: of the input, 16 bits. R: of the residual and of the result, T or, with a residual, float.
-template <class T, class R>
+// T: what is multiplied, 16 bits. R: of the residual and of the result, T or, with a residual, float. X: of the input,
+// T or, without a residual, float: then it is rounded to T first.
+template <class T, class R, class X = T>
 struct TensorConvolutionParams {
-  const T* x;                 // (samples, height, width, channels)
+  const X* x;                 // (samples, height, width, channels)
   Parameter weight;           // (channels, 7, 7)
   Parameter bias;             // (channels) or absent; with a residual there is none
   const R* residual;          // like y or null: added before the one rounding
@@ -16,7 +17,8 @@ struct TensorConvolutionParams {
   R* y;                       // like x
   Images shape;               // channels and addresses allow accesses of 16 bytes
   bool flipped;               // the filter turned by 180 degrees
-  TensorPlan plan;            // that exists; staged_bytes: 4 with a residual, 2 without
+  TensorPlan plan;            // that exists; staged_bytes: 4 with a residual, 2 without; input_bytes: of X
+  T* x_copy = nullptr;        // x rounded to T, of all samples: written where X is float
 };
 
 template <class T>
@@ -30,8 +32,8 @@ struct TensorWeightGradientParams {
 };
 
 // Compiled in cuda_tensor.cu.
-template <class T, class R>
-void launch_tensor_convolution(const char* op, const TensorConvolutionParams<T, R>& params, cudaStream_t stream);
+template <class T, class R, class X>
+void launch_tensor_convolution(const char* op, const TensorConvolutionParams<T, R, X>& params, cudaStream_t stream);
 template <class T>
 void launch_tensor_weight_gradient(const char* op, const TensorWeightGradientParams<T>& params, cudaStream_t stream);
 

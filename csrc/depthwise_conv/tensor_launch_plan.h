@@ -33,6 +33,7 @@ struct TensorPlan {
   int row_blocks = 0;    // that share the patches of a chunk; 0: nothing to do
   int copied_rows = 0;   // most rows of an image that a patch copies, with its halo
   int copied_pairs = 0;  // the same of columns, in pairs
+  int copied_parts = 1;  // 2 where pixels are copied in fp32
   int image_units = 0;   // from one image to the next in a channel's plane
   int plane_units = 0;   // from one channel to the next
   int grad_rows = 0, grad_pairs = 0, grad_image_units = 0, grad_plane_units = 0;  // the same of the output's gradient
@@ -44,7 +45,7 @@ struct TensorPlan {
   constexpr int64_t first_patch(int64_t block) const { return patches * block / row_blocks; }
   // The shared memory's pieces, in units.
   constexpr int64_t plane_set_units() const { return kTensorChunk * plane_units + 4; }
-  constexpr int64_t copied_units() const { return int64_t{4} * images * copied_rows * copied_pairs; }
+  constexpr int64_t copied_units() const { return int64_t{4} * copied_parts * images * copied_rows * copied_pairs; }
   constexpr int64_t grad_plane_set_units() const { return kTensorChunk * grad_plane_units + 4; }
   constexpr int64_t copied_grad_units() const { return int64_t{4} * images * grad_rows * grad_pairs; }
 };
@@ -96,8 +97,9 @@ constexpr int choose_patch_blocks(int64_t patches, int64_t chunks, int64_t resid
 
 // Patches of at most so many segments, and the shared memory they take.
 constexpr TensorPlan plan_patches(Kind kind, int64_t samples, int height, int width, int staged_bytes,
-                                  int most_segments) {
+                                  int most_segments, int input_bytes) {
   TensorPlan plan;
+  plan.copied_parts = input_bytes / 2;
   plan.blocks = width <= kBlockColumns ? 1 : width <= 2 * kBlockColumns ? 2 : 4;
   const int blocks = plan.blocks, segment_rows = plan.segment_rows();
   plan.column_patches = static_cast<int>(divide_up(width, blocks * kBlockColumns));
@@ -136,11 +138,12 @@ constexpr TensorPlan plan_patches(Kind kind, int64_t samples, int height, int wi
 }
 
 // `staged_bytes` of an element of the results, which take the place of the input in shared memory: 2, or 4 where a
-// residual is to be added before the one rounding.
+// residual is to be added before the one rounding. `input_bytes` of one of the input: 2, or 4 where it is to be rounded
+// on the way, in a convolution.
 constexpr TensorPlan plan_tensor(Kind kind, int64_t samples, int64_t channels, int height, int width, int staged_bytes,
-                                 const Chip& chip) {
+                                 const Chip& chip, int input_bytes = 2) {
   for (int most_segments = kSegments; most_segments >= 1; --most_segments) {
-    TensorPlan plan = plan_patches(kind, samples, height, width, staged_bytes, most_segments);
+    TensorPlan plan = plan_patches(kind, samples, height, width, staged_bytes, most_segments, input_bytes);
     if (plan.shared_bytes > chip.shared_bytes_per_block) continue;
     plan.chunks = divide_up(channels, kTensorChunk);
     const int64_t by_memory = chip.shared_bytes_per_multiprocessor / (plan.shared_bytes + kBlockOverhead);

@@ -27,10 +27,10 @@ inline void bind_tensor_plans(pybind11::module_ m) {
   m.attr("CHANNELS_OF_A_TENSOR_CHUNK") = kTensorChunk;
   m.attr("TENSOR_CONVOLUTION_WARPS") = kTensorConvolutionWarps;
   m.attr("TENSOR_GRADIENT_WARPS") = kTensorGradientWarps;
-  m.def(
-      "plan_tensor", &plan_tensor, py::arg("kind"), py::arg("samples"), py::arg("channels"), py::arg("height"),
-      py::arg("width"), py::arg("staged_bytes"), py::arg("chip"),
-      "Version 2's plan (7 x 7, stride 1, 16 bits); staged_bytes: of a result in shared memory, 4 before a residual.");
+  m.def("plan_tensor", &plan_tensor, py::arg("kind"), py::arg("samples"), py::arg("channels"), py::arg("height"),
+        py::arg("width"), py::arg("staged_bytes"), py::arg("chip"), py::arg("input_bytes") = 2,
+        "Version 2's plan (7 x 7, stride 1, 16 bits); staged_bytes: of a result in shared memory, 4 before a residual; "
+        "input_bytes: 4 for an input in fp32 that is rounded on the way.");
   m.def("prefers_tensor", &prefers_tensor, py::arg("kind"), py::arg("plan"), py::arg("height"), py::arg("width"),
         py::arg("chip"), "Whether version 2 is expected to be the faster one.");
 }

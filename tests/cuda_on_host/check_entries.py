@@ -25,12 +25,20 @@ FROM_GPU_TESTS = {
     ],
     test_gpu_depthwise_conv: [
         *["fp64", "parameters_of_any_dtype", "residual_of_any_dtype", "dropped_samples", "unaligned_tensors", "empty"],
-        *["non_finite_values_stay_where_they_reach", "errors_name_operator_and_argument"],
+        *["the_cast_in_the_same_pass", "non_finite_values_stay_where_they_reach", "errors_name_operator_and_argument"],
     ],
 }
 for module, names in FROM_GPU_TESTS.items():
     for name in names:
         globals()[f"test_{module.__name__.removeprefix('test_gpu_')}_{name}"] = getattr(module, f"test_{name}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 24, 15, 13, 7, 1), (5, 8, 7, 7, 7, 1)], ids=lambda s: "x".join(map(str, s)))
+def test_the_cast_in_the_same_pass_on_tensor_cores(monkeypatch, shape, dtype):
+    monkeypatch.setenv(test_gpu_depthwise_conv.VERSION, "tensor")
+    test_gpu_depthwise_conv.test_the_cast_in_the_same_pass(shape, dtype)
+
 
 refusing = pytest.mark.skipif("CUDA_ON_HOST_SHARED_KIB" not in os.environ, reason="the engine gives what it promises")
 

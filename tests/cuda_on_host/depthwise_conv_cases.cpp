@@ -179,6 +179,70 @@ int convolution_case(const Options& options) {
   });
 }
 
+// A convolution that rounds its input from fp32 has the bits of two passes: rounding all of it, then version 2. Options
+// of the convolution, of which it has no result, residual, transposed, extra and expect.
+template <class T>
+int rounding_convolution_case(const Options& options) {
+  const Problem problem(options);
+  const Images& shape = problem.shape;
+  const TensorPlan plan = plan_rounding_convolution<T>(shape, problem.kernel_size, options.text("bias") != "none",
+                                                       problem.aligned, problem.chip, problem.version);
+  if (!plan.exists()) throw std::runtime_error("this shape is rounded in a pass of its own");
+
+  emu::Buffer<float> x(problem.elements(shape.height, shape.width), "x");
+  problem.fill(x, 1);
+  // The copy of a dropped sample is a result: every other element is not the NaN that unwritten memory holds as well.
+  for (size_t i = 0; i < x.size(); i += 2)
+    if (std::isnan(x[i])) x[i] = 0.37f * static_cast<float>(i % 101);
+  if (options.number("nan") >= 0) x[options.number("nan")] = std::nanf("");
+  emu::Buffer<float> scale(problem.drop >= 0 ? shape.samples : 0, "sample_scale");
+  problem.fill_scale(scale);
+  const TestParameter weight(options.text("weight"), static_cast<size_t>(shape.channels) * kTaps, 3, 0.2, "weight");
+  const TestParameter bias(options.text("bias"), shape.channels, 4, 0.5, "bias");
+  const float* const sample_scale = problem.drop >= 0 ? scale.data() : nullptr;
+
+  emu::Buffer<T> rounded(x.size(), "rounded x");
+  for (size_t i = 0; i < x.size(); ++i) rounded[i] = harness::from_double<T>(x[i]);
+  emu::Buffer<T> expected(x.size(), "expected y");
+  SimpleConvolutionParams<T, T> two_passes{};
+  two_passes.x = rounded.data();
+  two_passes.weight = weight.parameter();
+  two_passes.bias = bias.parameter();
+  two_passes.sample_scale = sample_scale;
+  two_passes.y = expected.data();
+  two_passes.shape = shape;
+  two_passes.result_height = shape.height;
+  two_passes.result_width = shape.width;
+  two_passes.kernel_size = kSize;
+  two_passes.stride = 1;
+  bool ran = false;
+
+  return harness::run_schedules([&] {
+    if (!ran)
+      launch_convolution("depthwise_conv2d", two_passes, problem.aligned, problem.chip, nullptr, problem.version);
+    ran = true;
+    emu::Buffer<T> y(x.size(), "y"), x_copy(x.size(), "x_copy");
+    TensorConvolutionParams<T, T, float> params{};
+    params.x = x.data();
+    params.weight = weight.parameter();
+    params.bias = bias.parameter();
+    params.sample_scale = sample_scale;
+    params.y = y.data();
+    params.shape = shape;
+    params.plan = plan;
+    params.x_copy = x_copy.data();
+    launch_tensor_convolution("depthwise_conv2d_cast", params, nullptr);
+    Outcome outcome;
+    for (size_t i = 0; i < x.size(); ++i) {
+      outcome.check("y", i, harness::to_double(y[i]), harness::to_double(expected[i]), 0.0);
+      outcome.check("x_copy", i, harness::to_double(x_copy[i]), harness::to_double(rounded[i]), 0.0);
+    }
+    outcome.keep(y);
+    outcome.keep(x_copy);
+    return outcome;
+  });
+}
+
 template <class T>
 int weight_gradient_case(const Options& options) {
   using A = Accumulation<T>;
@@ -337,9 +401,9 @@ int matrix_conflicts(const TensorPlan& plan, int image_units, int pitch) {
   return most;
 }
 
-void check_tensor_plan(Kind kind, const Images& shape, int staged_bytes, const Chip& chip) {
+void check_tensor_plan(Kind kind, const Images& shape, int staged_bytes, const Chip& chip, int input_bytes = 2) {
   const TensorPlan plan =
-      plan_tensor(kind, shape.samples, shape.channels, shape.height, shape.width, staged_bytes, chip);
+      plan_tensor(kind, shape.samples, shape.channels, shape.height, shape.width, staged_bytes, chip, input_bytes);
   if (!plan.exists()) {
     require(chip.shared_bytes_per_block < 160 * 1024, "no plan for a chip with enough shared memory");
     return;
@@ -389,6 +453,7 @@ int tensor_plan_case(const Options&) {
     const Images shape{samples, height, width, static_cast<int>(channels)};
     check_tensor_plan(Kind::kConvolution, shape, 2, chip);
     check_tensor_plan(Kind::kConvolution, shape, 4, chip);
+    check_tensor_plan(Kind::kConvolution, shape, 2, chip, 4);
     check_tensor_plan(Kind::kWeightGradient, shape, 2, chip);
     ++checked;
   }
@@ -471,6 +536,15 @@ int convolution(const Options& options) {
   });
 }
 
+int rounding_convolution(const Options& options) {
+  return with_element(options, [&](auto element) {
+    using T = decltype(element);
+    if constexpr (sizeof(T) == 2) return rounding_convolution_case<T>(options);
+    throw std::runtime_error("only 16-bit types are rounded to");
+    return 1;
+  });
+}
+
 int weight_gradient(const Options& options) {
   return with_element(options, [&](auto element) { return weight_gradient_case<decltype(element)>(options); });
 }
@@ -480,6 +554,7 @@ int weight_gradient(const Options& options) {
 int main(int argc, char** argv) {
   return harness::main_of(argc, argv,
                           {{"convolution", convolution},
+                           {"rounding_convolution", rounding_convolution},
                            {"weight_gradient", weight_gradient},
                            {"plan", plan_case},
                            {"tensor_plan", tensor_plan_case}});
