@@ -30,7 +30,10 @@ RAW_OPERATORS = {
     "bias_gelu": ("bias_gelu", "bias_gelu_backward"),
     "layer_norm_mlp": ("layer_norm_mlp", "layer_norm_mlp_backward"),
 }
-RAW_OPERATORS["convnext_block"] = RAW_OPERATORS["depthwise_conv2d"] + RAW_OPERATORS["layer_norm_mlp"]
+RAW_OPERATORS["convnext_block"] = (
+    *("depthwise_conv2d_cast", *RAW_OPERATORS["depthwise_conv2d"]),  # the first under autocast
+    *RAW_OPERATORS["layer_norm_mlp"],
+)
 
 
 @dataclass(frozen=True)
