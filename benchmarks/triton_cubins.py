@@ -81,9 +81,7 @@ def compile_launch(launch: Launch, capability: int) -> Code:
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     # Warps that the compiler adds for specialised roles are not counted: the kernels ask for none.
     threads = 32 * compiled.metadata.num_warps
-    return Code(
-        launch.kernel.__name__, threads, compiled.metadata.shared, compiled.asm["ptx"], compiled.asm["cubin"]
-    )
+    return Code(launch.kernel.__name__, threads, compiled.metadata.shared, compiled.asm["ptx"], compiled.asm["cubin"])
 
 
 def launches_of(workloads: Iterable[Workload], capability: int) -> dict[str, list[Launch]]:
