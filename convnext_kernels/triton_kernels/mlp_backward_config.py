@@ -33,6 +33,8 @@ def _hidden_default(problem: config.Problem, block_n: int = 128) -> config.Confi
     if problem.dtype.itemsize == 4:  # products of fp32 run on the fp32 units, out of registers
         return config.Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_C": 16, "GROUP": 8}, num_warps=8, num_stages=2)
     block_m, block_c = 128, 64 if problem.channels % 64 == 0 else 32
+    if problem.channels % block_c:  # masks along C take registers too
+        block_n = 64
     if not _asynchronous(problem):
         block_m, block_n, block_c = 64, 128, 32
     blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_C": block_c, "GROUP": 8}
