@@ -11,9 +11,11 @@ __all__ = [
     "gelu",
     "gelu_and_derivative",
     "gelu_derivative",
+    "live_rows",
     "load_columns",
     "row_position",
     "row_statistics",
+    "tile_order",
     "tile_rows",
 ]
 
@@ -154,3 +156,27 @@ def tile_rows(tile, rows, rows_per_sample, BLOCK_M: tl.constexpr, PER_SAMPLE: tl
         inside = row < rows
         row = tl.minimum(row, rows - 1)
     return row, inside
+
+
+@triton.jit
+def live_rows(live_count, first, rows, rows_per_sample):
+    """How many of a chunk's `rows` are of live samples; the chunk starts at row `first` in the order of samples."""
+    live = rows
+    if live_count is not None:
+        live = tl.load(live_count).to(tl.int64) * rows_per_sample - first
+        live = tl.minimum(tl.maximum(live, 0), rows).to(tl.int32)
+    return live
+
+
+# --- tiles of a product
+
+
+@triton.jit
+def tile_order(tile, row_tiles, column_tiles: tl.constexpr, GROUP: tl.constexpr):
+    """The tile's row tile and column tile: GROUP row tiles by all columns, then the next GROUP, so that the L2 serves
+    both operands."""
+    in_group = GROUP * column_tiles
+    first = tile // in_group * GROUP
+    size = tl.minimum(row_tiles - first, GROUP)
+    within = tile % in_group
+    return first + within % size, within // size

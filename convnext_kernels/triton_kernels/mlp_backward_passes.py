@@ -6,8 +6,8 @@ P is the number of live rows, E the bytes of an element of the compute dtype, E_
 import triton
 import triton.language as tl
 
-from .device import gelu_and_derivative, load_columns, row_position
-from .mlp_backward_products import live_rows, norm_sums, store_dz
+from .device import gelu_and_derivative, live_rows, load_columns, row_position
+from .mlp_backward_products import norm_sums, store_dz
 
 __all__ = [
     "column_sums_kernel",

@@ -9,28 +9,17 @@ and E the bytes of an element in the counts below; what other tiles have brought
 import triton
 import triton.language as tl
 
-from .device import gelu_and_derivative, row_position
+from .device import gelu_and_derivative, live_rows, row_position, tile_order
 from .epilogue import halves
 
 __all__ = [
     "hidden_gradients_kernel",
     "input_gradient_kernel",
-    "live_rows",
     "norm_gradient_kernel",
     "norm_sums",
     "store_dz",
     "weight_gradient_kernel",
 ]
-
-
-@triton.jit
-def live_rows(live_count, first, rows, rows_per_sample):
-    """How many of a chunk's `rows` are of live samples; the chunk starts at row `first` in the order of samples."""
-    live = rows
-    if live_count is not None:
-        live = tl.load(live_count).to(tl.int64) * rows_per_sample - first
-        live = tl.minimum(tl.maximum(live, 0), rows).to(tl.int32)
-    return live
 
 
 @triton.jit
@@ -55,16 +44,6 @@ def _load_weight(matrix, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     return tile
 
 
-@triton.jit
-def _tile_order(tiles_m, tiles_n, GROUP: tl.constexpr):
-    """Tile (m, n) of this program: columns of GROUP tiles one after the other, so that the L2 serves both operands."""
-    program = tl.program_id(0)
-    group = program // (GROUP * tiles_n)
-    height = tl.minimum(tiles_m - group * GROUP, GROUP)
-    within = program % (GROUP * tiles_n)
-    return group * GROUP + within % height, within // height
-
-
 @triton.jit(do_not_specialize=["first", "rows", "rows_per_sample", "accumulate"])
 def hidden_gradients_kernel(
     hat, u, kept, fc1_weight, fc1_factor, fc1_bias, fc2_weight, fc2_factor, order, live_count, g, dh, bias_parts,
@@ -85,7 +64,7 @@ def hidden_gradients_kernel(
     4 P C K FLOP and P E (2 C + 2 K) bytes; with `kept` 2 P C K FLOP and P E (C + 3 K) bytes.
     """
     tiles_n: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
-    tile_m, tile_n = _tile_order(tl.cdiv(rows, BLOCK_M), tiles_n, GROUP)
+    tile_m, tile_n = tile_order(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tiles_n, GROUP)
     live = live_rows(live_count, first, rows, rows_per_sample)
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     in_columns = column < K
@@ -339,7 +318,7 @@ def input_gradient_kernel(
     dh (rows, K), s (rows, C) in the compute dtype. 2 P C K FLOP; P E (K + C) bytes.
     """
     tiles_n: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
-    tile_m, tile_n = _tile_order(tl.cdiv(rows, BLOCK_M), tiles_n, GROUP)
+    tile_m, tile_n = tile_order(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tiles_n, GROUP)
     live = live_rows(live_count, first, rows, rows_per_sample)
     if tile_m * BLOCK_M >= live:
         return

@@ -23,7 +23,7 @@ Rows are those of `order` (launch.sample_order), packed: rows of dropped samples
 import triton
 import triton.language as tl
 
-from .device import gelu, load_columns, row_position, row_statistics, tile_rows
+from .device import gelu, live_rows, load_columns, row_position, row_statistics, tile_order, tile_rows
 from .epilogue import halves, store_branch
 from .grn import store_squares
 
@@ -69,10 +69,10 @@ def norm_kernel(
     offsets0, offsets1 = position[:, None] * C + columns0[None, :], position[:, None] * C + columns1[None, :]
     live, all_live, some_live = inside, True, True
     if live_count is not None:
-        live_rows = tl.load(live_count) * rows_per_sample
-        live = inside & (row < live_rows)
-        some_live = tl.min(row, 0) < live_rows
-        all_live = tl.max(row, 0) < live_rows
+        end = tl.load(live_count) * rows_per_sample
+        live = inside & (row < end)
+        some_live = tl.min(row, 0) < end
+        all_live = tl.max(row, 0) < end
     if some_live:
         x0 = tl.load(z + offsets0, mask=here0 & live[:, None], other=0.0).to(tl.float32)
         x1 = x0
@@ -104,16 +104,6 @@ def norm_kernel(
 
 
 @triton.jit
-def _tile(tile, row_tiles, column_tiles: tl.constexpr, GROUP: tl.constexpr):
-    """The tile's row tile and column tile: GROUP row tiles by all columns, then the next GROUP."""
-    in_group = GROUP * column_tiles
-    first = tile // in_group * GROUP
-    size = tl.minimum(row_tiles - first, GROUP)
-    within = tile % in_group
-    return first + within % size, within // size
-
-
-@triton.jit
 def _load_tile(
     matrix, first_row, first_column, rows, DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     TMA: tl.constexpr, EVEN_ROWS: tl.constexpr,
@@ -132,13 +122,6 @@ def _load_tile(
         else:
             tile = tl.load(pointers, mask=(row < rows)[:, None] & (column < DEPTH)[None, :], other=0.0)
     return tile
-
-
-@triton.jit
-def _live_rows(live_count, first_row, rows, rows_per_sample):
-    if live_count is not None:
-        rows = tl.minimum(rows, tl.maximum(tl.load(live_count) * rows_per_sample - first_row, 0))
-    return rows
 
 
 @triton.jit
@@ -184,15 +167,15 @@ def fc1_kernel(
 
     `hidden` (all rows, K), at the rows' own places, and `partials` (grn.partials_shape) are written where given.
     """
-    live_rows = _live_rows(live_count, first_row, rows, rows_per_sample)
+    live = live_rows(live_count, first_row, rows, rows_per_sample)
     if PER_SAMPLE:
-        row_tiles = live_rows // rows_per_sample * tl.cdiv(rows_per_sample, BLOCK_M)
+        row_tiles = live // rows_per_sample * tl.cdiv(rows_per_sample, BLOCK_M)
     else:
-        row_tiles = tl.cdiv(live_rows, BLOCK_M)
+        row_tiles = tl.cdiv(live, BLOCK_M)
     column_tiles: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
-        row_tile, column_tile = _tile(tile, row_tiles, column_tiles, GROUP)
-        row, inside = tile_rows(row_tile, live_rows, rows_per_sample, BLOCK_M, PER_SAMPLE)
+        row_tile, column_tile = tile_order(tile, row_tiles, column_tiles, GROUP)
+        row, inside = tile_rows(row_tile, live, rows_per_sample, BLOCK_M, PER_SAMPLE)
         first = tl.min(row, 0)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for c in range(0, C, BLOCK_K):
@@ -219,15 +202,15 @@ def fc2_kernel(
 
     `factors` (images, K) fp32, or None without GRN. y and residual are at the rows' own places.
     """
-    live_rows = _live_rows(live_count, first_row, rows, rows_per_sample)
+    live = live_rows(live_count, first_row, rows, rows_per_sample)
     if PER_SAMPLE:
-        row_tiles = live_rows // rows_per_sample * tl.cdiv(rows_per_sample, BLOCK_M)
+        row_tiles = live // rows_per_sample * tl.cdiv(rows_per_sample, BLOCK_M)
     else:
-        row_tiles = tl.cdiv(live_rows, BLOCK_M)
+        row_tiles = tl.cdiv(live, BLOCK_M)
     column_tiles: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
     for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
-        row_tile, column_tile = _tile(tile, row_tiles, column_tiles, GROUP)
-        row, inside = tile_rows(row_tile, live_rows, rows_per_sample, BLOCK_M, PER_SAMPLE)
+        row_tile, column_tile = tile_order(tile, row_tiles, column_tiles, GROUP)
+        row, inside = tile_rows(row_tile, live, rows_per_sample, BLOCK_M, PER_SAMPLE)
         first = tl.min(row, 0)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, K, BLOCK_K):
