@@ -54,7 +54,7 @@ def test_no_kernel_spills(compiled, source, architecture):
 @pytest.mark.parametrize("room", sorted({source.partition("/")[0] for source in SOURCES}))
 def test_every_room_has_tuned_kernels(compiled, room, architecture):
     kernels = [k for source in SOURCES if source.startswith(f"{room}/") for k in compiled[source, architecture][0]]
-    assert any(not PLAIN.search(kernel.name) for kernel in kernels)
+    assert sum(not PLAIN.search(kernel.name) for kernel in kernels) >= 10
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
