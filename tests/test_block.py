@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import convnext_kernels as ck
-from numerics import assert_close, device_type
+from numerics import assert_close, device_type, rms
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -129,7 +129,7 @@ def test_options(mode, options):
 
 @pytest.mark.parametrize("use_grn", [False, True], ids=["v1", "v2"])
 @pytest.mark.parametrize("mode", ["fp32", "autocast-bf16"])
-def test_kept_hidden_gives_the_same_bits(mode, use_grn):
+def test_kept_hidden_gives_the_same_gradients(mode, use_grn):
     dtype, autocast = MODES[mode]
     _, ours = pair(24, dtype, use_grn=use_grn, drop_path=0.3)
     x, grad = image(4, 24, 8, 9, dtype), torch.randn(4, 24, 8, 9)
@@ -138,7 +138,9 @@ def test_kept_hidden_gives_the_same_bits(mode, use_grn):
     ours.recompute = False
     torch.manual_seed(17)
     kept = run(ours, x, grad, autocast)
-    for name in kept:
+    # The output itself may differ by a rounding: without a hidden tensor to keep, GELU is part of the matrix product.
+    assert rms(kept["y"] - recomputed["y"]) <= torch.finfo(autocast or dtype).eps * rms(kept["y"])
+    for name in kept.keys() - {"y"}:
         assert torch.equal(kept[name], recomputed[name]), name
 
 

@@ -42,6 +42,19 @@ void gelu(Element type, bool tanh, int64_t rows, int64_t columns, const void* x,
   });
 }
 
+void squares(Element type, int64_t rows, int64_t columns, const void* values, void* sums) {
+  with_element(type, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = Accumulation<T>;
+    const T* x = static_cast<const T*>(values);
+    for (int64_t row = 0; row < rows; ++row, x += columns)
+      for_columns<A>(columns, [&](int64_t c, auto part) {
+        const Vector<A> value = load(x + c, part);
+        add_to(static_cast<A*>(sums) + c, value * value, part);
+      });
+  });
+}
+
 void apply_grn(Element type, int64_t rows, int64_t columns, const void* factors, const void* bias, void* values) {
   with_element(type, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -213,6 +226,62 @@ void layer_scale_grad(Element grad_type, Element branch_type, int64_t rows, int6
 
 // --- parameters
 
+// Transposes a square of as many vectors as a vector has lanes: interleaving the vectors of its first half with those
+// of its second, log2(lanes) times.
+template <class A>
+CK_INLINE void transpose_square(Vector<A>* rows) {
+  constexpr int kSize = kLanes<A>;
+  using Mask = typename VectorOf<A>::mask;
+  Mask low{}, high{};
+  for (int i = 0; i < kSize; ++i) {
+    low[i] = i / 2 + i % 2 * kSize;
+    high[i] = low[i] + kSize / 2;
+  }
+  for (int step = 1; step < kSize; step *= 2) {
+    Vector<A> next[kSize];
+    for (int i = 0; i < kSize / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + kSize / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kSize / 2], high);
+    }
+    for (int i = 0; i < kSize; ++i) rows[i] = next[i];
+  }
+}
+
+template <class T, class Y>
+void transpose_as(int64_t rows, int64_t columns, const T* x, int64_t y_columns, Y* y) {
+  using A = Accumulation<T>;
+  constexpr int64_t kSize = kLanes<A>;
+  for (int64_t c = 0; c < columns; c += kSize) {
+    const int width = static_cast<int>(columns - c < kSize ? columns - c : kSize);
+    for (int64_t r = 0; r < rows; r += kSize) {
+      const int height = static_cast<int>(rows - r < kSize ? rows - r : kSize);
+      const T* from = x + r * columns + c;
+      Y* to = y + c * y_columns + r;
+      Vector<A> square[kSize];
+      if (width == kSize && height == kSize) {
+        for (int i = 0; i < kSize; ++i) square[i] = load(from + i * columns);
+        transpose_square<A>(square);
+        for (int i = 0; i < kSize; ++i) store(to + i * y_columns, square[i]);
+      } else {
+        for (int i = 0; i < kSize; ++i) square[i] = i < height ? load_partial(from + i * columns, width) : Vector<A>{};
+        transpose_square<A>(square);
+        for (int i = 0; i < width; ++i) store_partial(to + i * y_columns, square[i], height);
+      }
+    }
+  }
+}
+
+void transpose(Element x_type, Element y_type, int64_t rows, int64_t columns, const void* x, int64_t y_columns,
+               void* y) {
+  with_element(x_type, [&](auto x_tag) {
+    using T = typename decltype(x_tag)::type;
+    with_element_of<Accumulation<T>>(y_type, [&](auto y_tag) {
+      using Y = typename decltype(y_tag)::type;
+      transpose_as(rows, columns, static_cast<const T*>(x), y_columns, static_cast<Y*>(y));
+    });
+  });
+}
+
 void accumulate(Element type, int64_t count, const void* values, bool add, void* sums) {
   with_element(type, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -226,56 +295,49 @@ void accumulate(Element type, int64_t count, const void* values, bool add, void*
   });
 }
 
-template <class A>
-void add_product_as(int64_t count, const A* x, const A* y, A* sum) {
-  for_columns<A>(count, [&](int64_t i, auto part) { add_to(sum + i, load(x + i, part) * load(y + i, part), part); });
+void add_product(Element type, int64_t count, const void* values, const void* factors, void* sums) {
+  with_element(type, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = Accumulation<T>;
+    const T* x = static_cast<const T*>(values);
+    const A* y = vector_of<A>(factors);
+    A* sum = static_cast<A*>(sums);
+    for_columns<A>(count, [&](int64_t i, auto part) { add_to(sum + i, load(x + i, part) * load(y + i, part), part); });
+  });
 }
 
-void add_product(Element type, int64_t count, const void* x, const void* y, void* sum) {
-  if (type == Element::kFloat64) {
-    add_product_as(count, vector_of<double>(x), vector_of<double>(y), static_cast<double*>(sum));
-  } else {
-    add_product_as(count, vector_of<float>(x), vector_of<float>(y), static_cast<float*>(sum));
-  }
+void scale_rows(Element type, int64_t rows, int64_t columns, const void* values, const void* scales, void* results) {
+  with_element(type, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = Accumulation<T>;
+    const T* x = static_cast<const T*>(values);
+    T* result = static_cast<T*>(results);
+    for (int64_t row = 0; row < rows; ++row, x += columns, result += columns) {
+      const A scale = vector_of<A>(scales)[row];
+      for_columns<A>(columns, [&](int64_t c, auto part) { store(result + c, load(x + c, part) * scale, part); });
+    }
+  });
 }
 
-template <class A>
-void scale_rows_as(int64_t rows, int64_t columns, const A* x, const A* scale, A* result) {
-  for (int64_t row = 0; row < rows; ++row)
-    for_columns<A>(columns, [&](int64_t c, auto part) {
-      store(result + row * columns + c, load(x + row * columns + c, part) * scale[row], part);
-    });
-}
-
-void scale_rows(Element type, int64_t rows, int64_t columns, const void* x, const void* scale, void* result) {
-  if (type == Element::kFloat64) {
-    scale_rows_as(rows, columns, vector_of<double>(x), vector_of<double>(scale), static_cast<double*>(result));
-  } else {
-    scale_rows_as(rows, columns, vector_of<float>(x), vector_of<float>(scale), static_cast<float*>(result));
-  }
-}
-
-template <class A>
-void dot_rows_as(int64_t rows, int64_t columns, const A* x, const A* y, A* dots) {
-  for (int64_t row = 0; row < rows; ++row, x += columns, y += columns) {
-    Vector<A> sum{};
-    for_columns<A>(columns, [&](int64_t c, auto part) { sum += load(x + c, part) * load(y + c, part); });
-    dots[row] = horizontal_sum<A>(sum);
-  }
-}
-
-void dot_rows(Element type, int64_t rows, int64_t columns, const void* x, const void* y, void* dots) {
-  if (type == Element::kFloat64) {
-    dot_rows_as(rows, columns, vector_of<double>(x), vector_of<double>(y), static_cast<double*>(dots));
-  } else {
-    dot_rows_as(rows, columns, vector_of<float>(x), vector_of<float>(y), static_cast<float*>(dots));
-  }
+void dot_rows(Element type, int64_t rows, int64_t columns, const void* values, const void* others, void* results) {
+  with_element(type, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = Accumulation<T>;
+    const T* x = static_cast<const T*>(values);
+    const A* y = vector_of<A>(others);
+    A* dots = static_cast<A*>(results);
+    for (int64_t row = 0; row < rows; ++row, x += columns, y += columns) {
+      Vector<A> sum{};
+      for_columns<A>(columns, [&](int64_t c, auto part) { sum += load(x + c, part) * load(y + c, part); });
+      dots[row] = horizontal_sum<A>(sum);
+    }
+  });
 }
 
 }  // namespace
 
-extern const MlpKernels mlp_kernels = {gelu,        apply_grn,   gelu_backward,    grn_backward_sums,
-                                       add_branch,  branch_grad, layer_scale_grad, accumulate,
+extern const MlpKernels mlp_kernels = {gelu,        squares,     apply_grn,        gelu_backward, grn_backward_sums,
+                                       add_branch,  branch_grad, layer_scale_grad, transpose,     accumulate,
                                        add_product, scale_rows,  dot_rows};
 
 }  // namespace convnext_kernels::CPU_CAPABILITY

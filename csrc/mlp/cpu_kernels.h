@@ -36,6 +36,8 @@ struct MlpKernels {
   // y = GELU(x + bias); y^2, as rounded, is added to `squares`. bias and squares may be null, y may be x.
   void (*gelu)(Element type, bool tanh, int64_t rows, int64_t columns, const void* x, const void* bias, void* y,
                void* squares);
+  // x^2 is added to `squares`.
+  void (*squares)(Element type, int64_t rows, int64_t columns, const void* x, void* squares);
   // In place: g * factors + bias.
   void (*apply_grn)(Element type, int64_t rows, int64_t columns, const void* factors, const void* bias, void* g);
   void (*gelu_backward)(const HiddenRows& hidden);
@@ -51,13 +53,16 @@ struct MlpKernels {
   void (*layer_scale_grad)(Element grad_type, Element branch_type, int64_t rows, int64_t columns, const void* grad,
                            const void* branch, double scale, void* sums);
 
+  // y[c][r] = x[r][c], where a row of y has `y_columns`: x may be some of the rows that become columns of y.
+  void (*transpose)(Element x_type, Element y_type, int64_t rows, int64_t columns, const void* x, int64_t y_columns,
+                    void* y);
   // sum = x, or sum += x where `add`; sum has the accumulation type.
   void (*accumulate)(Element type, int64_t count, const void* x, bool add, void* sum);
-  // sum += x * y, vectors of an accumulation type.
+  // sum += x * y, vectors; y and sum of the accumulation type.
   void (*add_product)(Element type, int64_t count, const void* x, const void* y, void* sum);
-  // Matrices of an accumulation type: result[i][j] = scale[i] * x[i][j], in place or not; dots[i] = sum_j x[i][j]
-  // y[i][j].
+  // result[i][j] = scale[i] * x[i][j], in x's type, in place or not.
   void (*scale_rows)(Element type, int64_t rows, int64_t columns, const void* x, const void* scale, void* result);
+  // dots[i] = sum_j x[i][j] y[i][j], with y and dots of the accumulation type.
   void (*dot_rows)(Element type, int64_t rows, int64_t columns, const void* x, const void* y, void* dots);
 };
 

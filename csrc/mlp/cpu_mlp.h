@@ -2,9 +2,9 @@
 // and the chunks that rows are taken through the matrix products in.
 #pragma once
 #include "common/cpu_operator.h"
-#include "common/gemm.h"
 #include "layer_norm/cpu_table.h"
 #include "mlp/arguments.h"
+#include "mlp/cpu_gemm.h"
 #include "mlp/cpu_grn.h"
 #include "mlp/cpu_rows.h"
 #include "mlp/cpu_table.h"
@@ -33,6 +33,7 @@ class Mlp : public MlpArguments {
   Mlp(const char* op, const Tensor& z, const MlpParameters& given)
       : MlpArguments(op, check_on_cpu, z, given),
         parameters(prepared(given)),
+        products(z, type),
         live(parameters.sample_scale, samples, rows_per_sample),
         norm_weight(parameters.norm_weight),
         norm_bias(parameters.norm_bias),
@@ -87,6 +88,7 @@ class Mlp : public MlpArguments {
   bool dense(const Chunk& chunk) const { return live.dense(chunk.first, chunk.first + chunk.rows); }
 
   const MlpParameters parameters;
+  const MatrixProducts products;
   const LiveRows live;
   const Elements norm_weight, norm_bias, grn_weight, grn_bias, layer_scale;
 

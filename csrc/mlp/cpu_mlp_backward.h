@@ -6,40 +6,14 @@
 
 namespace convnext_kernels {
 
-// The gradient of a weight: products of matrices, added up over chunks in the accumulation type.
-class WeightGradient {
- public:
-  WeightGradient(const Tensor& sum, ScalarType product_type) : sum_(sum), product_type_(product_type) {}
-
-  void add_product(const Tensor& a, const Tensor& b) {
-    if (first_ && product_type_ == sum_.scalar_type()) {
-      matmul_into(sum_, a, b);
-    } else {
-      if (!product_) product_ = empty(sum_, shape_of(sum_), product_type_);
-      matmul_into(*product_, a, b);
-      const Elements product(*product_), sum(sum_);
-      torch::stable::parallel_for(0, sum_.numel(), 1 << 15, [&](int64_t begin, int64_t end) {
-        mlp_kernels().accumulate(product.type(), end - begin, product.at(begin), !first_, sum.at(begin));
-      });
-    }
-    first_ = false;
-  }
-
- private:
-  Tensor sum_;
-  ScalarType product_type_;
-  OptionalTensor product_;
-  bool first_ = true;
-};
-
 // One call of the operator. Per chunk: the normalised rows a, h = a W1^T + b1, then from the output back
 //   branch = scale * layer_scale * grad,  dg = branch W2,  g and dh = dg * gelu'(h) in place of h and dg,
 //   dW2 += branch^T g,  dW1 += dh^T a,  da = dh W1,  and LayerNorm's backward.
 //
-// The gradient of layer scale is sum grad * scale * (g W2^T + b2), without the branch's result at hand. In fp32 and
-// fp64 it comes from G = (scale * grad)^T g, of which dW2 is layer_scale * G: it is sum_k W2 G + b2 * sum(scale *
-// grad). Then dg takes W2 scaled by layer_scale. In 16 bits G would be rounded too coarsely, so that g W2^T + b2 is
-// computed again.
+// The gradient of layer scale is sum grad * scale * (g W2^T + b2), without the branch's result at hand. It comes from
+// G = (scale * grad)^T g, of which dW2 is layer_scale * G: it is sum_k W2 G + b2 * sum(scale * grad). Then dg takes W2
+// scaled by layer_scale. In fp16 G, which lacks the factor layer_scale, could overflow: there g W2^T + b2 is computed
+// again.
 class MlpBackward {
  public:
   MlpBackward(const Tensor& grad, const Tensor& z, const Tensor& mean, const Tensor& rstd, const Tensor& hidden,
@@ -50,7 +24,8 @@ class MlpBackward {
         tanh_(is_tanh(kName, approximate)),
         kernels_(mlp_kernels()),
         type_(element_of(mlp_.type)),
-        wants_(p_, mask, mlp_.type == mlp_.accumulation) {
+        unscaled_(p_.layer_scale && mlp_.type != ScalarType::Half),
+        wants_(p_, mask, unscaled_) {
     mlp_.check_backward(grad, mean, rstd, hidden, mask);
     const bool same = accumulation_type(grad.scalar_type()) == mlp_.accumulation;
     grad_tensor_ = same ? grad : torch::stable::to(detach(grad), mlp_.accumulation);
@@ -72,7 +47,14 @@ class MlpBackward {
     if (chunks.empty()) return results_;
     allocate_workspace(chunks);
     for (const Chunk& chunk : chunks) run_chunk(chunk);
-    if (wants_.by_weights) finish_by_weights();
+    if (fc1_weight_) results_[kGradFc1Weight] = fc1_weight_->finish();
+    if (fc2_weight_) {
+      const Tensor total = fc2_weight_->finish();
+      if (wants_.by_weights) finish_layer_scale(total);
+      if (wants_(kGradFc2Weight)) results_[kGradFc2Weight] = total;
+      if (wants_(kGradFc2Weight) && unscaled_) scale_by_layer(total, total);
+    }
+    if (wants_(kGradFc2Bias) && unscaled_) scale_by_layer(*branch_total_, *branch_total_);
     return results_;
   }
 
@@ -85,8 +67,8 @@ class MlpBackward {
 
   void allocate_workspace(const std::vector<Chunk>& chunks) {
     const int64_t c = mlp_.channels, k = mlp_.hidden, rows = chunks.front().rows, groups = most_groups(chunks);
-    narrow_buffers_ = {empty(like_, {rows, c}, mlp_.type), empty(like_, {rows, c}, mlp_.type)};
-    hidden_buffers_ = {empty(like_, {rows, k}, mlp_.type), empty(like_, {rows, k}, mlp_.type)};
+    normalised_buffer_ = empty(like_, {rows, c}, mlp_.type);
+    branch_buffer_ = empty(like_, {rows, c}, mlp_.type);
     norm_weight_sums_ = sums(wants_(kGradNormWeight), groups, c);
     norm_bias_sums_ = sums(wants_(kGradNormBias), groups, c);
     fc1_bias_sums_ = sums(wants_(kGradFc1Bias), groups, k);
@@ -102,42 +84,36 @@ class MlpBackward {
       factors_ = sums(true, images, k);
       feedback_ = sums(true, images, k);
     }
-    if (wants_(kGradFc1Weight)) fc1_weight_.emplace(results_[kGradFc1Weight], mlp_.type);
-    if (wants_(kGradFc2Weight)) fc2_sum_ = results_[kGradFc2Weight];
+    if (wants_(kGradFc1Weight)) fc1_weight_.emplace(mlp_.products, k, c, mlp_.live.count());
+    if (wants_(kGradFc2Weight) || wants_.by_weights) fc2_weight_.emplace(mlp_.products, c, k, mlp_.live.count());
     if (wants_(kGradFc2Bias)) branch_total_ = results_[kGradFc2Bias];
-    if (wants_.by_weights) {
-      if (!fc2_sum_) fc2_sum_ = empty(like_, {c, k}, mlp_.accumulation);
-      if (!branch_total_) branch_total_ = empty(like_, {c}, mlp_.accumulation);
-      scaled_fc2_weight_ = empty(like_, {c, k}, mlp_.accumulation);
+    if (wants_.by_weights && !branch_total_) branch_total_ = empty(like_, {c}, mlp_.accumulation);
+    if (unscaled_ && wants_.grad_activated) {
+      scaled_fc2_weight_ = empty(like_, {c, k}, mlp_.type);
       scale_by_layer(p_.fc2_weight, *scaled_fc2_weight_);
     }
-    if (fc2_sum_) fc2_weight_.emplace(*fc2_sum_, mlp_.type);
   }
 
   void run_chunk(const Chunk& chunk) {
-    const Tensor normalised = rows_of(narrow_buffers_[0], 0, chunk.rows);
-    const Tensor branch = rows_of(narrow_buffers_[1], 0, chunk.rows);
-    const Tensor hidden = rows_of(hidden_buffers_[0], 0, chunk.rows);
-    const Tensor grad_hidden = rows_of(hidden_buffers_[1], 0, chunk.rows);
+    const Tensor normalised = rows_of(*normalised_buffer_, 0, chunk.rows);
+    const Tensor branch = rows_of(*branch_buffer_, 0, chunk.rows);
+    OptionalTensor hidden, grad_hidden;
 
-    if (wants_.grad_hidden || wants_.activated || wants_(kGradGrnWeight)) compute_hidden(chunk, normalised, hidden);
+    if (wants_.grad_activated || wants_.activated) hidden = compute_hidden(chunk, normalised);
     if (wants_.branch_grad) compute_branch_grad(chunk, branch);
     if (wants_.grad_activated)
-      matmul_into(grad_hidden, branch, wants_.by_weights ? *scaled_fc2_weight_ : p_.fc2_weight);
-    if (mlp_.grn_weight) compute_grn(chunk, hidden, grad_hidden);
-    if (wants_.grad_hidden || wants_.activated) compute_activation(chunk, hidden, grad_hidden);
+      grad_hidden = mlp_.products.product(branch, unscaled_ ? *scaled_fc2_weight_ : p_.fc2_weight);
+    if (mlp_.grn_weight && hidden) compute_grn(chunk, *hidden, grad_hidden);
+    if (wants_.grad_hidden || wants_.activated) compute_activation(chunk, *hidden, grad_hidden);
 
-    if (fc2_weight_) fc2_weight_->add_product(transposed(branch), hidden);
-    if (layer_scale_sums_) compute_layer_scale(chunk, hidden, branch);
-    if (fc1_weight_) fc1_weight_->add_product(transposed(grad_hidden), normalised);
-    if (wants_.norm) {
-      matmul_into(branch, grad_hidden, p_.fc1_weight);
-      compute_norm(chunk, branch);
-    }
+    if (fc2_weight_) fc2_weight_->add_product(branch, *hidden);
+    if (layer_scale_sums_) compute_layer_scale(chunk, *hidden);
+    if (fc1_weight_) fc1_weight_->add_product(*grad_hidden, normalised);
+    if (wants_.norm) compute_norm(chunk, mlp_.products.product(*grad_hidden, p_.fc1_weight));
   }
 
   // The normalised rows where something needs them, and the hidden rows: computed again unless they were kept.
-  void compute_hidden(const Chunk& chunk, const Tensor& normalised, const Tensor& hidden) const {
+  Tensor compute_hidden(const Chunk& chunk, const Tensor& normalised) const {
     const int64_t c = mlp_.channels, k = mlp_.hidden;
     if (!kept_ || fc1_weight_) {
       const Elements to(normalised);
@@ -147,21 +123,20 @@ class MlpBackward {
                                        to.at(run.row * c));
       });
     }
-    if (!kept_) {
-      linear_into(hidden, normalised, p_.fc1_weight, p_.fc1_bias);
-    } else {
-      const Elements to(hidden);
-      const size_t row_bytes = static_cast<size_t>(k) * hidden.element_size();
-      mlp_.for_each_run(chunk, [&](const Run& run) {
-        std::memcpy(to.at(run.row * k), kept_.at(run.position * k), static_cast<size_t>(run.rows) * row_bytes);
-      });
-    }
+    if (!kept_) return mlp_.products.linear(normalised, p_.fc1_weight, p_.fc1_bias);
+    const Tensor hidden = empty(like_, {chunk.rows, k}, mlp_.type);
+    const Elements to(hidden);
+    const size_t row_bytes = static_cast<size_t>(k) * hidden.element_size();
+    mlp_.for_each_run(chunk, [&](const Run& run) {
+      std::memcpy(to.at(run.row * k), kept_.at(run.position * k), static_cast<size_t>(run.rows) * row_bytes);
+    });
+    return hidden;
   }
 
   void compute_branch_grad(const Chunk& chunk, const Tensor& branch) const {
     const int64_t c = mlp_.channels;
     const Elements to(branch);
-    const void* layer_scale = wants_.by_weights ? nullptr : mlp_.layer_scale.at(0);
+    const void* layer_scale = unscaled_ ? nullptr : mlp_.layer_scale.at(0);
     mlp_.for_each_run(chunk, [&](const Run& run) {
       kernels_.branch_grad(grad_.type(), type_, run.rows, c, grad_.at(run.position * c), layer_scale, run.scale,
                            to.at(run.row * c), branch_sums_.part(run.group, run.first));
@@ -182,8 +157,8 @@ class MlpBackward {
   }
 
   // GRN's norms, the gradients of its parameters, and what its backward multiplies with.
-  void compute_grn(const Chunk& chunk, const Tensor& hidden, const Tensor& grad) {
-    const Elements from(hidden), grads = wants_.grad_activated ? Elements(grad) : Elements();
+  void compute_grn(const Chunk& chunk, const Tensor& hidden, const OptionalTensor& grad) {
+    const Elements from(hidden), grads(grad);
     for_each_group(chunk.groups, [&](int64_t group, int64_t begin, int64_t end) {
       kernels_.grn_backward_sums(
           hidden_rows(begin, end, from, grads),
@@ -201,7 +176,7 @@ class MlpBackward {
   }
 
   // g' in place of h, dh in place of dg.
-  void compute_activation(const Chunk& chunk, const Tensor& hidden, const Tensor& grad) const {
+  void compute_activation(const Chunk& chunk, const Tensor& hidden, const OptionalTensor& grad) const {
     const int64_t k = mlp_.hidden;
     const Elements values(hidden), grads = wants_.grad_hidden ? Elements(grad) : Elements();
     for_each_group(chunk.groups, [&](int64_t group, int64_t begin, int64_t end) {
@@ -220,10 +195,10 @@ class MlpBackward {
     if (fc1_bias_sums_) fc1_bias_sums_.finish(chunk.groups.count, chunk.first > 0, results_[kGradFc1Bias]);
   }
 
-  // With the branch's result computed again; it overwrites `branch`.
-  void compute_layer_scale(const Chunk& chunk, const Tensor& activated, const Tensor& branch) const {
+  // With the branch's result computed again.
+  void compute_layer_scale(const Chunk& chunk, const Tensor& activated) const {
     const int64_t c = mlp_.channels;
-    linear_into(branch, activated, p_.fc2_weight, p_.fc2_bias);
+    const Tensor branch = mlp_.products.linear(activated, p_.fc2_weight, p_.fc2_bias);
     const Elements from(branch);
     mlp_.for_each_run(chunk, [&](const Run& run) {
       kernels_.layer_scale_grad(grad_.type(), type_, run.rows, c, grad_.at(run.position * c), from.at(run.row * c),
@@ -245,27 +220,25 @@ class MlpBackward {
     if (norm_bias_sums_) norm_bias_sums_.finish(chunk.groups.count, chunk.first > 0, results_[kGradNormBias]);
   }
 
-  // result (C, K) = layer_scale[:, None] * matrix; in place where they are the same.
-  void scale_by_layer(const Tensor& matrix, const Tensor& result) const {
-    const int64_t k = mlp_.hidden;
-    const Elements from(matrix), to(result);
+  // result = layer_scale * rows, a row of any length a channel; in place where they are the same.
+  void scale_by_layer(const Tensor& rows, const Tensor& result) const {
+    const int64_t k = rows.numel() / mlp_.channels;
+    const Elements from(rows), to(result);
     torch::stable::parallel_for(0, mlp_.channels, 16, [&](int64_t begin, int64_t end) {
       kernels_.scale_rows(from.type(), end - begin, k, from.at(begin * k), mlp_.layer_scale.at(begin),
                           to.at(begin * k));
     });
   }
 
-  // fc2_sum_ holds G, branch_total_ the sum of scale * grad.
-  void finish_by_weights() const {
-    const int64_t c = mlp_.channels, k = mlp_.hidden;
-    const Elements weight(p_.fc2_weight), bias(p_.fc2_bias), sum(*fc2_sum_), total(*branch_total_);
-    const Elements grad_scale(results_[kGradLayerScale]);
-    torch::stable::parallel_for(0, c, 16, [&](int64_t begin, int64_t end) {
-      kernels_.dot_rows(type_, end - begin, k, weight.at(begin * k), sum.at(begin * k), grad_scale.at(begin));
+  // From G, and the sum of scale * grad.
+  void finish_layer_scale(const Tensor& product) const {
+    const int64_t k = mlp_.hidden;
+    const Elements weight(p_.fc2_weight), bias(p_.fc2_bias), sum(product);
+    const Elements result(results_[kGradLayerScale]);
+    torch::stable::parallel_for(0, mlp_.channels, 16, [&](int64_t begin, int64_t end) {
+      kernels_.dot_rows(type_, end - begin, k, weight.at(begin * k), sum.at(begin * k), result.at(begin));
     });
-    if (bias) kernels_.add_product(type_, c, bias.at(0), total.at(0), grad_scale.at(0));
-    if (wants_(kGradFc2Weight)) scale_by_layer(*fc2_sum_, *fc2_sum_);
-    if (wants_(kGradFc2Bias)) kernels_.scale_rows(type_, c, 1, total.at(0), mlp_.layer_scale.at(0), total.at(0));
+    if (bias) kernels_.add_product(type_, mlp_.channels, bias.at(0), Elements(*branch_total_).at(0), result.at(0));
   }
 
   const Mlp mlp_;
@@ -279,13 +252,14 @@ class MlpBackward {
   Elements grad_, z_, mean_, rstd_, kept_;
   std::vector<Tensor> results_;
 
-  const MlpWanted wants_;  // by_weights: `branch` and its sums are without layer scale
+  const bool unscaled_;  // `branch`, its sums and the product of W2's gradient are without layer scale
+  const MlpWanted wants_;
 
-  std::vector<Tensor> narrow_buffers_, hidden_buffers_;
+  OptionalTensor normalised_buffer_, branch_buffer_;
   ColumnSums norm_weight_sums_, norm_bias_sums_, fc1_bias_sums_, branch_sums_, layer_scale_sums_;
   ColumnSums square_sums_, product_sums_, grad_sums_;  // of GRN, per group
   ColumnSums norms_, products_, factors_, feedback_;   // and per image
-  OptionalTensor fc2_sum_, branch_total_, scaled_fc2_weight_;
+  OptionalTensor branch_total_, scaled_fc2_weight_;
   std::optional<WeightGradient> fc1_weight_, fc2_weight_;
 };
 

@@ -29,9 +29,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_mlp_forward(const T
   const auto chunks = mlp.chunks((2 * channels + hidden_columns) * element_bytes);
   const int64_t chunk_rows = chunks.empty() ? 0 : chunks.front().rows,
                 most_images = chunks.empty() ? 0 : mlp.images(chunks.front());
-  // The normalised rows, and the branch's result; the hidden rows.
-  const Tensor narrow_buffer = empty(z, {chunk_rows, channels}, mlp.type);
-  const Tensor hidden_buffer = empty(z, {chunk_rows, hidden_columns}, mlp.type);
+  const Tensor normalised_buffer = empty(z, {chunk_rows, channels}, mlp.type);
   const ColumnSums squares(z, has_grn, most_groups(chunks), hidden_columns, mlp.accumulation);
   const ColumnSums norms(z, has_grn, most_images, hidden_columns, mlp.accumulation);
   const ColumnSums factors(z, has_grn, most_images, hidden_columns, mlp.accumulation);
@@ -39,35 +37,37 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_mlp_forward(const T
   const auto& kernels = mlp_kernels();
   const auto& norm_kernels = layer_norm_kernels();
   const Elements z_data(z), residual_data(residual), y_data(y), mean_data(mean), rstd_data(rstd), kept_data(kept);
-  const Elements narrow(narrow_buffer), wide(hidden_buffer);
+  const Elements normalised_data(normalised_buffer);
   const Element type = z_data.type();
-  const Tensor kept_rows =
-      keep_hidden ? torch::stable::view(kept, {mlp.samples * mlp.rows_per_sample, hidden_columns}) : kept;
+  const size_t hidden_row_bytes = static_cast<size_t>(hidden_columns * z.element_size());
 
   for (const Chunk& chunk : chunks) {
     mlp.for_each_run(chunk, [&](const Run& run) {
       norm_kernels.forward(type, type, run.rows, channels, eps, z_data.at(run.position * channels),
-                           mlp.norm_weight.at(0), mlp.norm_bias.at(0), narrow.at(run.row * channels),
+                           mlp.norm_weight.at(0), mlp.norm_bias.at(0), normalised_data.at(run.row * channels),
                            mean_data.at(run.position), rstd_data.at(run.position));
     });
-    const Tensor normalised = rows_of(narrow_buffer, 0, chunk.rows);
-    const Tensor activated = rows_of(hidden_buffer, 0, chunk.rows);
+    const Tensor normalised = rows_of(normalised_buffer, 0, chunk.rows);
 
-    // Rows to be kept are written where they belong, unless dropped samples lie between them.
-    const bool in_place = keep_hidden && mlp.dense(chunk);
-    const int64_t first = mlp.live.position(chunk.first);
-    linear_into(in_place ? rows_of(kept_rows, first, chunk.rows) : activated, normalised, mlp.parameters.fc1_weight,
-                mlp.parameters.fc1_bias);
-    if (keep_hidden && !in_place)
+    const MlpParameters& p = mlp.parameters;
+    const bool with_gelu = mlp.products.onednn() && !keep_hidden;
+    const Tensor activated = with_gelu ? mlp.products.linear_gelu(normalised, p.fc1_weight, p.fc1_bias, tanh)
+                                       : mlp.products.linear(normalised, p.fc1_weight, p.fc1_bias);
+    const Elements wide(activated);
+    if (keep_hidden)
       mlp.for_each_run(chunk, [&](const Run& run) {
         std::memcpy(kept_data.at(run.position * hidden_columns), wide.at(run.row * hidden_columns),
-                    static_cast<size_t>(run.rows * hidden_columns * element_bytes));
+                    static_cast<size_t>(run.rows) * hidden_row_bytes);
       });
-    for_each_group(chunk.groups, [&](int64_t group, int64_t begin, int64_t end) {
-      const void* from = in_place ? kept_data.at((first + begin) * hidden_columns) : wide.at(begin * hidden_columns);
-      kernels.gelu(type, tanh, end - begin, hidden_columns, from, nullptr, wide.at(begin * hidden_columns),
-                   squares.part(group, true));
-    });
+    if (!with_gelu || has_grn)
+      for_each_group(chunk.groups, [&](int64_t group, int64_t begin, int64_t end) {
+        void* rows = wide.at(begin * hidden_columns);
+        if (with_gelu) {
+          kernels.squares(type, end - begin, hidden_columns, rows, squares.part(group, true));
+        } else {
+          kernels.gelu(type, tanh, end - begin, hidden_columns, rows, nullptr, rows, squares.part(group, true));
+        }
+      });
     if (has_grn) {
       mlp.for_each_image(chunk, [&](int64_t image, int64_t group, const auto* weight) {
         squares.sum(group, chunk.groups.groups_per_block, norms.part(image));
@@ -78,10 +78,11 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_mlp_forward(const T
                           mlp.grn_bias.at(0), wide.at(begin * hidden_columns));
       });
     }
-    linear_into(normalised, activated, mlp.parameters.fc2_weight, mlp.parameters.fc2_bias);
+    const Tensor result = mlp.products.linear(activated, p.fc2_weight, p.fc2_bias);
+    const Elements branch(result);
     mlp.for_each_run(chunk, [&](const Run& run) {
       kernels.add_branch(type, residual ? residual_data.type() : type, y_data.type(), run.rows, channels,
-                         narrow.at(run.row * channels), residual_data.at(run.position * channels),
+                         branch.at(run.row * channels), residual_data.at(run.position * channels),
                          mlp.layer_scale.at(0), run.scale, y_data.at(run.position * channels));
     });
   }
