@@ -95,10 +95,13 @@ class WeightGradient {
     }
   }
 
-  Tensor finish() const {
-    const ScalarType type = accumulation_type(sum_->scalar_type());
-    if (turned_) return turned(*sum_, type);
-    return sum_->scalar_type() == type ? *sum_ : converted(*sum_, type);
+  // The sum; of a single product, in the products' type.
+  Tensor sum() const { return turned_ ? turned(*sum_, accumulation_type(sum_->scalar_type())) : *sum_; }
+
+  Tensor in_accumulation_type() const {
+    const Tensor total = sum();
+    const ScalarType type = accumulation_type(total.scalar_type());
+    return total.scalar_type() == type ? total : converted(total, type);
   }
 
  private:

@@ -306,31 +306,43 @@ void add_product(Element type, int64_t count, const void* values, const void* fa
   });
 }
 
-void scale_rows(Element type, int64_t rows, int64_t columns, const void* values, const void* scales, void* results) {
-  with_element(type, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    using A = Accumulation<T>;
-    const T* x = static_cast<const T*>(values);
-    T* result = static_cast<T*>(results);
-    for (int64_t row = 0; row < rows; ++row, x += columns, result += columns) {
-      const A scale = vector_of<A>(scales)[row];
-      for_columns<A>(columns, [&](int64_t c, auto part) { store(result + c, load(x + c, part) * scale, part); });
-    }
+template <class T, class R>
+void scale_rows_as(int64_t rows, int64_t columns, const T* x, const void* scales, R* result) {
+  using A = Accumulation<T>;
+  for (int64_t row = 0; row < rows; ++row, x += columns, result += columns) {
+    const A scale = vector_of<A>(scales)[row];
+    for_columns<A>(columns, [&](int64_t c, auto part) { store(result + c, load(x + c, part) * scale, part); });
+  }
+}
+
+void scale_rows(Element x_type, Element result_type, int64_t rows, int64_t columns, const void* x, const void* scales,
+                void* result) {
+  with_element(x_type, [&](auto x_tag) {
+    using T = typename decltype(x_tag)::type;
+    with_element_of<Accumulation<T>>(result_type, [&](auto result_tag) {
+      using R = typename decltype(result_tag)::type;
+      scale_rows_as(rows, columns, static_cast<const T*>(x), scales, static_cast<R*>(result));
+    });
   });
 }
 
-void dot_rows(Element type, int64_t rows, int64_t columns, const void* values, const void* others, void* results) {
-  with_element(type, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    using A = Accumulation<T>;
-    const T* x = static_cast<const T*>(values);
-    const A* y = vector_of<A>(others);
-    A* dots = static_cast<A*>(results);
-    for (int64_t row = 0; row < rows; ++row, x += columns, y += columns) {
-      Vector<A> sum{};
-      for_columns<A>(columns, [&](int64_t c, auto part) { sum += load(x + c, part) * load(y + c, part); });
-      dots[row] = horizontal_sum<A>(sum);
-    }
+template <class T, class Y>
+void dot_rows_as(int64_t rows, int64_t columns, const T* x, const Y* y, void* dots) {
+  using A = Accumulation<T>;
+  for (int64_t row = 0; row < rows; ++row, x += columns, y += columns) {
+    Vector<A> sum{};
+    for_columns<A>(columns, [&](int64_t c, auto part) { sum += load(x + c, part) * load(y + c, part); });
+    static_cast<A*>(dots)[row] = horizontal_sum<A>(sum);
+  }
+}
+
+void dot_rows(Element x_type, Element y_type, int64_t rows, int64_t columns, const void* x, const void* y, void* dots) {
+  with_element(x_type, [&](auto x_tag) {
+    using T = typename decltype(x_tag)::type;
+    with_element_of<Accumulation<T>>(y_type, [&](auto y_tag) {
+      using Y = typename decltype(y_tag)::type;
+      dot_rows_as(rows, columns, static_cast<const T*>(x), static_cast<const Y*>(y), dots);
+    });
   });
 }
 

@@ -60,10 +60,12 @@ struct MlpKernels {
   void (*accumulate)(Element type, int64_t count, const void* x, bool add, void* sum);
   // sum += x * y, vectors; y and sum of the accumulation type.
   void (*add_product)(Element type, int64_t count, const void* x, const void* y, void* sum);
-  // result[i][j] = scale[i] * x[i][j], in x's type, in place or not.
-  void (*scale_rows)(Element type, int64_t rows, int64_t columns, const void* x, const void* scale, void* result);
-  // dots[i] = sum_j x[i][j] y[i][j], with y and dots of the accumulation type.
-  void (*dot_rows)(Element type, int64_t rows, int64_t columns, const void* x, const void* y, void* dots);
+  // result[i][j] = scale[i] * x[i][j], in place or not.
+  void (*scale_rows)(Element x_type, Element result_type, int64_t rows, int64_t columns, const void* x,
+                     const void* scale, void* result);
+  // dots[i] = sum_j x[i][j] y[i][j], in the accumulation type.
+  void (*dot_rows)(Element x_type, Element y_type, int64_t rows, int64_t columns, const void* x, const void* y,
+                   void* dots);
 };
 
 }  // namespace convnext_kernels

@@ -47,12 +47,11 @@ class MlpBackward {
     if (chunks.empty()) return results_;
     allocate_workspace(chunks);
     for (const Chunk& chunk : chunks) run_chunk(chunk);
-    if (fc1_weight_) results_[kGradFc1Weight] = fc1_weight_->finish();
-    if (fc2_weight_) {
-      const Tensor total = fc2_weight_->finish();
-      if (wants_.by_weights) finish_layer_scale(total);
-      if (wants_(kGradFc2Weight)) results_[kGradFc2Weight] = total;
-      if (wants_(kGradFc2Weight) && unscaled_) scale_by_layer(total, total);
+    if (fc1_weight_) results_[kGradFc1Weight] = fc1_weight_->in_accumulation_type();
+    if (fc2_weight_ && unscaled_) {
+      finish_unscaled(fc2_weight_->sum());
+    } else if (fc2_weight_) {
+      results_[kGradFc2Weight] = fc2_weight_->in_accumulation_type();
     }
     if (wants_(kGradFc2Bias) && unscaled_) scale_by_layer(*branch_total_, *branch_total_);
     return results_;
@@ -225,20 +224,24 @@ class MlpBackward {
     const int64_t k = rows.numel() / mlp_.channels;
     const Elements from(rows), to(result);
     torch::stable::parallel_for(0, mlp_.channels, 16, [&](int64_t begin, int64_t end) {
-      kernels_.scale_rows(from.type(), end - begin, k, from.at(begin * k), mlp_.layer_scale.at(begin),
+      kernels_.scale_rows(from.type(), to.type(), end - begin, k, from.at(begin * k), mlp_.layer_scale.at(begin),
                           to.at(begin * k));
     });
   }
 
-  // From G, and the sum of scale * grad.
-  void finish_layer_scale(const Tensor& product) const {
-    const int64_t k = mlp_.hidden;
-    const Elements weight(p_.fc2_weight), bias(p_.fc2_bias), sum(product);
-    const Elements result(results_[kGradLayerScale]);
-    torch::stable::parallel_for(0, mlp_.channels, 16, [&](int64_t begin, int64_t end) {
-      kernels_.dot_rows(type_, end - begin, k, weight.at(begin * k), sum.at(begin * k), result.at(begin));
-    });
-    if (bias) kernels_.add_product(type_, mlp_.channels, bias.at(0), Elements(*branch_total_).at(0), result.at(0));
+  // The gradients of W2 and of layer scale, from G and the sum of scale * grad.
+  void finish_unscaled(const Tensor& product) {
+    if (wants_.by_weights) {
+      const int64_t k = mlp_.hidden;
+      const Elements weight(p_.fc2_weight), bias(p_.fc2_bias), from(product), to(results_[kGradLayerScale]);
+      torch::stable::parallel_for(0, mlp_.channels, 16, [&](int64_t begin, int64_t end) {
+        kernels_.dot_rows(type_, from.type(), end - begin, k, weight.at(begin * k), from.at(begin * k), to.at(begin));
+      });
+      if (bias) kernels_.add_product(type_, mlp_.channels, bias.at(0), Elements(*branch_total_).at(0), to.at(0));
+    }
+    if (!wants_(kGradFc2Weight)) return;
+    if (product.scalar_type() == mlp_.accumulation) results_[kGradFc2Weight] = product;
+    scale_by_layer(product, results_[kGradFc2Weight]);
   }
 
   const Mlp mlp_;
