@@ -211,8 +211,12 @@ def measure_ceilings(device: torch.device) -> Ceilings:
     matrix = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        product = functools.partial(torch.mm, a, b, out=torch.empty_like(a))
-        matrix[str(dtype)] = 2 * size**3 / _best(product, device)
+        products = [functools.partial(torch.mm, a, b, out=torch.empty_like(a))]
+        if not cuda:
+            # mm gives fp32 to MKL, of which a convolution, oneDNN's, is twice as fast on some processors.
+            image, filters = a.view(1, size, 1, size).permute(0, 3, 1, 2), b.view(size, size, 1, 1)
+            products.append(functools.partial(torch.conv2d, image, filters))
+        matrix[str(dtype)] = 2 * size**3 / min(_best(product, device) for product in products)
     return Ceilings(bandwidth, matrix)
 
 
