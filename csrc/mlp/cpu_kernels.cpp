@@ -118,10 +118,12 @@ void grn_backward_sums_as(const HiddenRows& hidden, const GrnSums& sums) {
   using A = Accumulation<T>;
   const T* x = static_cast<const T*>(hidden.x);
   const T* grad = static_cast<const T*>(hidden.grad);
+  const A* bias = vector_of<A>(hidden.bias);
   for (int64_t row = 0; row < hidden.rows; ++row) {
     const int64_t start = row * hidden.columns;
     for_columns<A>(hidden.columns, [&](int64_t c, auto part) {
-      const Vector<A> h = load(x + start + c, part);
+      Vector<A> h = load(x + start + c, part);
+      if (bias) h += load(bias + c, part);
       const Vector<A> g = h * gelu_gate<kTanh>(h).gate;
       add_to(static_cast<A*>(sums.squares) + c, g * g, part);
       if (grad) {
@@ -143,8 +145,8 @@ void grn_backward_sums(const HiddenRows& hidden, const GrnSums& sums) {
 // --- layer scale, drop path and residual
 
 template <class T, class R, class Y>
-void add_branch_as(int64_t rows, int64_t columns, const T* branch, const R* residual, const void* layer_scale,
-                   double scale, Y* y) {
+void add_branch_as(int64_t rows, int64_t columns, const T* branch, const void* bias, const R* residual,
+                   const void* layer_scale, double scale, Y* y) {
   using A = Accumulation<T>;
   const Vector<A> sample_scale = broadcast(static_cast<A>(scale));
   for (int64_t row = 0; row < rows; ++row) {
@@ -152,7 +154,9 @@ void add_branch_as(int64_t rows, int64_t columns, const T* branch, const R* resi
     for_columns<A>(columns, [&](int64_t c, auto part) {
       Vector<A> value{};
       if (branch) {
-        value = load(branch + start + c, part) * sample_scale;
+        value = load(branch + start + c, part);
+        if (bias) value += load(vector_of<A>(bias) + c, part);
+        value *= sample_scale;
         if (layer_scale) value *= load(vector_of<A>(layer_scale) + c, part);
       }
       if (residual) value += load(residual + start + c, part);
@@ -162,15 +166,16 @@ void add_branch_as(int64_t rows, int64_t columns, const T* branch, const R* resi
 }
 
 void add_branch(Element branch_type, Element residual_type, Element y_type, int64_t rows, int64_t columns,
-                const void* branch, const void* residual, const void* layer_scale, double scale, void* y) {
+                const void* branch, const void* bias, const void* residual, const void* layer_scale, double scale,
+                void* y) {
   with_element(branch_type, [&](auto branch_tag) {
     using T = typename decltype(branch_tag)::type;
     with_element_of<Accumulation<T>>(residual_type, [&](auto residual_tag) {
       using R = typename decltype(residual_tag)::type;
       with_element_of<Accumulation<T>>(y_type, [&](auto y_tag) {
         using Y = typename decltype(y_tag)::type;
-        add_branch_as(rows, columns, static_cast<const T*>(branch), static_cast<const R*>(residual), layer_scale, scale,
-                      static_cast<Y*>(y));
+        add_branch_as(rows, columns, static_cast<const T*>(branch), bias, static_cast<const R*>(residual), layer_scale,
+                      scale, static_cast<Y*>(y));
       });
     });
   });

@@ -43,9 +43,10 @@ struct MlpKernels {
   void (*gelu_backward)(const HiddenRows& hidden);
   void (*grn_backward_sums)(const HiddenRows& hidden, const GrnSums& sums);
 
-  // y = residual + scale * layer_scale * branch, where any of the three tensors may be null.
+  // y = residual + scale * layer_scale * (branch + bias), where any of the four tensors may be null.
   void (*add_branch)(Element branch_type, Element residual_type, Element y_type, int64_t rows, int64_t columns,
-                     const void* branch, const void* residual, const void* layer_scale, double scale, void* y);
+                     const void* branch, const void* bias, const void* residual, const void* layer_scale, double scale,
+                     void* y);
   // grad_branch = scale * layer_scale * grad; added, as rounded, to `sums`. layer_scale and sums may be null.
   void (*branch_grad)(Element grad_type, Element branch_type, int64_t rows, int64_t columns, const void* grad,
                       const void* layer_scale, double scale, void* grad_branch, void* sums);

@@ -29,7 +29,7 @@ struct Run {
 
 class Mlp : public MlpArguments {
  public:
-  // The parameters become dense: those of the matrix products in z's type, the others in the accumulation type.
+  // The parameters become dense: those that matrix products take in z's type, the others in the accumulation type.
   Mlp(const char* op, const Tensor& z, const MlpParameters& given)
       : MlpArguments(op, check_on_cpu, z, given),
         parameters(prepared(given)),
@@ -39,6 +39,7 @@ class Mlp : public MlpArguments {
         norm_bias(parameters.norm_bias),
         grn_weight(parameters.grn_weight),
         grn_bias(parameters.grn_bias),
+        fc2_bias(parameters.fc2_bias),
         layer_scale(parameters.layer_scale) {}
 
   // row_bytes: workspace per row.
@@ -90,14 +91,14 @@ class Mlp : public MlpArguments {
   const MlpParameters parameters;
   const MatrixProducts products;
   const LiveRows live;
-  const Elements norm_weight, norm_bias, grn_weight, grn_bias, layer_scale;
+  const Elements norm_weight, norm_bias, grn_weight, grn_bias, fc2_bias, layer_scale;
 
  private:
   MlpParameters prepared(const MlpParameters& given) const {
     return {parameter_as(given.norm_weight, accumulation), parameter_as(given.norm_bias, accumulation),
             parameter_as(given.fc1_weight, type),          parameter_as(given.fc1_bias, type),
             parameter_as(given.grn_weight, accumulation),  parameter_as(given.grn_bias, accumulation),
-            parameter_as(given.fc2_weight, type),          parameter_as(given.fc2_bias, type),
+            parameter_as(given.fc2_weight, type),          parameter_as(given.fc2_bias, accumulation),
             parameter_as(given.layer_scale, accumulation), given.sample_scale};
   }
 };

@@ -197,7 +197,7 @@ class MlpBackward {
   // With the branch's result computed again.
   void compute_layer_scale(const Chunk& chunk, const Tensor& activated) const {
     const int64_t c = mlp_.channels;
-    const Tensor branch = mlp_.products.linear(activated, p_.fc2_weight, p_.fc2_bias);
+    const Tensor branch = mlp_.products.linear(activated, p_.fc2_weight, parameter_as(p_.fc2_bias, mlp_.type));
     const Elements from(branch);
     mlp_.for_each_run(chunk, [&](const Run& run) {
       kernels_.layer_scale_grad(grad_.type(), type_, run.rows, c, grad_.at(run.position * c), from.at(run.row * c),
@@ -233,11 +233,11 @@ class MlpBackward {
   void finish_unscaled(const Tensor& product) {
     if (wants_.by_weights) {
       const int64_t k = mlp_.hidden;
-      const Elements weight(p_.fc2_weight), bias(p_.fc2_bias), from(product), to(results_[kGradLayerScale]);
+      const Elements weight(p_.fc2_weight), from(product), to(results_[kGradLayerScale]), total(*branch_total_);
       torch::stable::parallel_for(0, mlp_.channels, 16, [&](int64_t begin, int64_t end) {
         kernels_.dot_rows(type_, from.type(), end - begin, k, weight.at(begin * k), from.at(begin * k), to.at(begin));
       });
-      if (bias) kernels_.add_product(type_, mlp_.channels, bias.at(0), Elements(*branch_total_).at(0), to.at(0));
+      if (mlp_.fc2_bias) kernels_.add_product(to.type(), mlp_.channels, mlp_.fc2_bias.at(0), total.at(0), to.at(0));
     }
     if (!wants_(kGradFc2Weight)) return;
     if (product.scalar_type() == mlp_.accumulation) results_[kGradFc2Weight] = product;

@@ -78,11 +78,11 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_mlp_forward(const T
                           mlp.grn_bias.at(0), wide.at(begin * hidden_columns));
       });
     }
-    const Tensor result = mlp.products.linear(activated, p.fc2_weight, p.fc2_bias);
+    const Tensor result = mlp.products.product(activated, transposed(p.fc2_weight));
     const Elements branch(result);
     mlp.for_each_run(chunk, [&](const Run& run) {
       kernels.add_branch(type, residual ? residual_data.type() : type, y_data.type(), run.rows, channels,
-                         branch.at(run.row * channels), residual_data.at(run.position * channels),
+                         branch.at(run.row * channels), mlp.fc2_bias.at(0), residual_data.at(run.position * channels),
                          mlp.layer_scale.at(0), run.scale, y_data.at(run.position * channels));
     });
   }
@@ -92,7 +92,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_mlp_forward(const T
     for (int64_t i = begin; i < end; ++i) {
       const int64_t start = dropped[i] * mlp.rows_per_sample * channels;
       kernels.add_branch(type, residual ? residual_data.type() : type, y_data.type(), mlp.rows_per_sample, channels,
-                         nullptr, residual_data.at(start), nullptr, 1, y_data.at(start));
+                         nullptr, nullptr, residual_data.at(start), nullptr, 1, y_data.at(start));
     }
   });
   return {y_type == out_dtype ? y : torch::stable::to(y, out_dtype), mean, rstd, kept};
