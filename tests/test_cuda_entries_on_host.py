@@ -18,6 +18,7 @@ CHECKS = "tests/cuda_on_host/check_entries.py"
 NOT_THEIRS = {
     "every_capability": "the capabilities of the CPU library",
     "number_of_threads": "one thread runs everything",
+    "run_on_onednn": "the matrix products of the CPU library",
     "another_device": "no other device to try, and the message says CUDA",
     "test_depthwise_conv_cpu.py and non_finite": "the tuned weight gradient multiplies NaN by the padding's zeros too",
     "test_depthwise_conv_cpu.py and dropped_samples": "a residual's NaN stays NaN, not bit for bit: check_entries.py",

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import convnext_kernels  # noqa: F401  (loads the operators)
+from convnext_kernels import native
 from numerics import assert_close
 
 ops = torch.ops.convnext_kernels
@@ -291,6 +291,29 @@ def test_several_chunks(mode, shape, grn, drop):
     """A stage's shape, with too many rows for one pass; chunks with and without a dropped sample inside."""
     case = Case(mode, shape, grn, drop)
     case.check(keep_hidden=drop)
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "shape, hidden", [((700, 24), 96), ((700, 40), 8), ((30, 72), 288), ((3, 9, 10, 17), 70)], ids=str
+)
+def test_gradients_of_weights(mode, shape, hidden):
+    """More rows than one product adds up; K below C; fewer rows than channels; nothing that fills whole vectors."""
+    Case(mode, shape, grn=False, hidden=hidden).check()
+
+
+@pytest.mark.parametrize("mode", ["fp32", "mixed-bf16"])
+def test_matrix_products_run_on_onednn(mode):
+    bindings = native.load().bindings
+    if bindings is None or bindings.cpu_capability() != "avx512" or not torch.backends.mkldnn.is_available():
+        pytest.skip("PyTorch's default matrix products serve here")
+    case = Case(mode, (2, 10, 10, 16), grn=False)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        case.run()
+    calls = {event.key: event.count for event in profile.key_averages()}
+    # h, h again and two gradients of weights; in fp32 also the branch's result and the gradients of g and of a.
+    assert calls["mkldnn::_linear_pointwise"] == (7 if mode == "fp32" else 4)
+    assert calls.get("aten::mm", 0) == (0 if mode == "fp32" else 3)
 
 
 @pytest.mark.parametrize("mode", ["fp64", "bf16"])
