@@ -69,7 +69,7 @@ def norm_kernel(
     offsets0, offsets1 = position[:, None] * C + columns0[None, :], position[:, None] * C + columns1[None, :]
     live, all_live, some_live = inside, True, True
     if live_count is not None:
-        end = tl.load(live_count) * rows_per_sample
+        end = tl.load(live_count).to(tl.int64) * rows_per_sample
         live = inside & (row < end)
         some_live = tl.min(row, 0) < end
         all_live = tl.max(row, 0) < end
