@@ -189,6 +189,7 @@ def test_info_as_text_names_versions_and_a_forced_backend(capsys):
     assert facts["convnext_kernels"].startswith(convnext_kernels.__version__)
     assert facts["torch"].startswith(torch.__version__)
     assert str(native.status().folder) in facts["libraries"]
+    assert facts["CPU products"].startswith("PyTorch's ")
     assert facts["Triton kernels"].startswith(("on ", "none: "))
     (row,) = [line.split() for line in lines if line.startswith("layer_norm_mlp_backward ") and " cpu " in line]
     assert row == ["layer_norm_mlp_backward", "cpu", "reference", "forced"]

@@ -32,6 +32,17 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def _cpu_matrix_products(bindings: Any) -> str:
+    """What multiplies the MLP's matrices on the CPU: csrc/mlp/cpu_gemm.h."""
+    if bindings is None:
+        return "unknown"
+    if bindings.cpu_capability() != "avx512":
+        return "PyTorch's default, as there is no AVX-512"
+    if not torch.backends.mkldnn.is_available():
+        return "PyTorch's default, as this PyTorch is without oneDNN"
+    return "PyTorch's oneDNN for fp32 and bf16, else its default"
+
+
 def _gpus() -> list[dict[str, Any]]:
     out = []
     for index in range(torch.cuda.device_count()):
@@ -68,6 +79,7 @@ def describe_environment(paths: bool = False) -> dict[str, Any]:
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "cpu_capability": None if bindings is None else bindings.cpu_capability(),
+        "cpu_matrix_products": _cpu_matrix_products(bindings),
         "gpus": _gpus(),
         "libraries": {
             **({"folder": str(status.folder)} if paths else {}),

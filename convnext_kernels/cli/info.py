@@ -49,6 +49,7 @@ def _lines(environment: dict[str, Any]) -> list[tuple[str, str]]:
         ("CUDA kernels", cuda),
         ("Triton kernels", describe_triton()),
         ("CPU kernels", f"{environment['cpu_capability'] or 'unknown'}, of {listed('cpu_capabilities')}"),
+        ("CPU products", environment["cpu_matrix_products"]),
         ("processor", f"{environment['processor']}, {environment['threads']} threads"),
         *(("GPU", gpu) for gpu in gpus or ["none"]),
         *(("the build said", line) for line in build.get("plan", "").splitlines()),
