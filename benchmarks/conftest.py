@@ -66,6 +66,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("case", "provider"), pairs)
 
 
+#: Libraries that providers come from, as pip names them.
+COMPARED = ("timm", "torchvision", "transformers", "onnxruntime", "openvino", "liger-kernel", "torch-tensorrt")
+
+
 class _Session:
     """What tests share: the device, its measured ceilings, and the outcomes of the case at hand."""
 
@@ -106,7 +110,7 @@ class _Session:
             "device": str(self.device),
             "chip": torch.cuda.get_device_name(self.device) if on_cuda else environment["processor"],
             "driver": _driver() if on_cuda else None,
-            "libraries_compared": {name: _version(name) for name in ("timm", "torchvision", "transformers")},
+            "libraries_compared": {name: _version(name) for name in COMPARED},
             "backends": [b for b in describe_backends() if b["device"] == self.device.type],
             "bandwidth_bytes_a_second": self.ceilings.bandwidth,
             "matrix_operations_a_second": self.ceilings.matrix,

@@ -25,6 +25,8 @@ from . import plots
 #: A ratio that falls below this part of its former value is flagged.
 FALL = 0.9
 
+#: The columns of the README's summary, where they were measured.
+README_COLUMNS = ("timm", "torchvision", "compile", "onnxruntime", "openvino", "tensorrt")
 README_MARKS = ("<!-- benchmarks -->", "<!-- /benchmarks -->")
 
 Row = dict[str, Any]
@@ -129,8 +131,9 @@ def facts_table(result: Result) -> str:
     return "\n".join(["| | |", "|:--|:--|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
-def summary_table(result: Result) -> str:
-    """Geometric means of ours, against the fastest eager provider of each case and against single ones."""
+def summary_table(result: Result, against: Sequence[str] | None = None) -> str:
+    """Geometric means of ours, against the fastest eager provider of each case and against single ones: those of
+    `against` that were measured, or all."""
     collected: dict[tuple[str, str, str], dict[str, list[float]]] = {}
     others: dict[str, None] = {}
     for row in result.rows:
@@ -139,7 +142,7 @@ def summary_table(result: Result) -> str:
         means = collected.setdefault((row["suite"], row["case"]["task"], row["case"]["precision"]), {})
         means.setdefault("", []).append(row["ratio"]["median"])
         for other, ratio in row["faster_than"].items():
-            if not other.startswith("ours"):
+            if not other.startswith("ours") and (against is None or other in against):
                 others[other] = None
                 means.setdefault(other, []).append(ratio["median"])
 
@@ -313,7 +316,8 @@ def _write_readme(result: Result, readme: Path, report: Path, names: list[str]) 
     picture = f"![images a second]({Path(place).parent.as_posix()}/throughput.png)\n\n" if "throughput" in names else ""
     section = (
         f"{begin}\n\nMeasured on {result.facts['chip']}, {result.facts['threads']} CPU threads, torch "
-        f"{result.facts['torch']}, on {result.date[:10]}:\n\n{summary_table(result)}\n\n{picture}"
+        f"{result.facts['torch']}, on {result.date[:10]}:\n\n{summary_table(result, README_COLUMNS)}\n\n"
+        f"{picture}"
         f"[All figures, and how they were measured]({place})\n\n{end}"
     )
     readme.write_text(text[: text.index(begin)] + section + text[text.index(end) + len(end) :])
