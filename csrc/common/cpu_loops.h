@@ -36,6 +36,15 @@ CK_INLINE void with_element_of(Element element, F f) {
   }
 }
 
+// Both at once.
+template <class F>
+CK_INLINE void with_elements(Element first, Element second, F f) {
+  with_element(first, [&](auto first_tag) {
+    with_element_of<Accumulation<typename decltype(first_tag)::type>>(
+        second, [&](auto second_tag) { f(first_tag, second_tag); });
+  });
+}
+
 // How much of a vector exists: Whole, or the count of its first lanes.
 struct Whole {};
 

@@ -47,12 +47,10 @@ void forward_as(int64_t rows, int64_t channels, double eps, const X* x, const vo
 
 void forward(Element x_type, Element y_type, int64_t rows, int64_t channels, double eps, const void* x,
              const void* weight, const void* bias, void* y, void* mean, void* rstd) {
-  with_element(x_type, [&](auto x_tag) {
+  with_elements(x_type, y_type, [&](auto x_tag, auto y_tag) {
     using X = typename decltype(x_tag)::type;
-    with_element_of<Accumulation<X>>(y_type, [&](auto y_tag) {
-      using Y = typename decltype(y_tag)::type;
-      forward_as(rows, channels, eps, static_cast<const X*>(x), weight, bias, static_cast<Y*>(y), mean, rstd);
-    });
+    using Y = typename decltype(y_tag)::type;
+    forward_as(rows, channels, eps, static_cast<const X*>(x), weight, bias, static_cast<Y*>(y), mean, rstd);
   });
 }
 
@@ -67,12 +65,10 @@ void normalise_as(int64_t rows, int64_t channels, const X* x, const void* means,
 
 void normalise(Element x_type, Element y_type, int64_t rows, int64_t channels, const void* x, const void* mean,
                const void* rstd, const void* weight, const void* bias, void* y) {
-  with_element(x_type, [&](auto x_tag) {
+  with_elements(x_type, y_type, [&](auto x_tag, auto y_tag) {
     using X = typename decltype(x_tag)::type;
-    with_element_of<Accumulation<X>>(y_type, [&](auto y_tag) {
-      using Y = typename decltype(y_tag)::type;
-      normalise_as(rows, channels, static_cast<const X*>(x), mean, rstd, weight, bias, static_cast<Y*>(y));
-    });
+    using Y = typename decltype(y_tag)::type;
+    normalise_as(rows, channels, static_cast<const X*>(x), mean, rstd, weight, bias, static_cast<Y*>(y));
   });
 }
 
@@ -113,13 +109,11 @@ void backward_as(int64_t rows, int64_t channels, const G* grad, const X* x, cons
 void backward(Element grad_type, Element x_type, int64_t rows, int64_t channels, const void* grad, const void* x,
               const void* mean, const void* rstd, const void* weight, void* grad_x, void* weight_sums,
               void* bias_sums) {
-  with_element(x_type, [&](auto x_tag) {
+  with_elements(x_type, grad_type, [&](auto x_tag, auto grad_tag) {
     using X = typename decltype(x_tag)::type;
-    with_element_of<Accumulation<X>>(grad_type, [&](auto grad_tag) {
-      using G = typename decltype(grad_tag)::type;
-      backward_as(rows, channels, static_cast<const G*>(grad), static_cast<const X*>(x), mean, rstd, weight,
-                  static_cast<X*>(grad_x), weight_sums, bias_sums);
-    });
+    using G = typename decltype(grad_tag)::type;
+    backward_as(rows, channels, static_cast<const G*>(grad), static_cast<const X*>(x), mean, rstd, weight,
+                static_cast<X*>(grad_x), weight_sums, bias_sums);
   });
 }
 

@@ -48,8 +48,8 @@ class MatrixProducts {
 
   bool onednn() const { return onednn_; }
 
-  // oneDNN adds up a sum in one chain. In fp32, where that shows, an image's or a batch's rows are no longer one sum:
-  // at most this many are. MKL's error in the gradient of a weight is that of some 200 terms.
+  // How many rows a gradient of a weight adds up in one product. oneDNN adds in one chain, whose rounding shows in fp32
+  // where rows are many; sums of 256 have about the error of MKL's.
   int64_t most_summed() const { return type_ == ScalarType::Float ? 256 : int64_t{1} << 40; }
 
   // x weight^T + bias, rounded once.

@@ -168,15 +168,13 @@ void add_branch_as(int64_t rows, int64_t columns, const T* branch, const void* b
 void add_branch(Element branch_type, Element residual_type, Element y_type, int64_t rows, int64_t columns,
                 const void* branch, const void* bias, const void* residual, const void* layer_scale, double scale,
                 void* y) {
-  with_element(branch_type, [&](auto branch_tag) {
+  with_elements(branch_type, residual_type, [&](auto branch_tag, auto residual_tag) {
     using T = typename decltype(branch_tag)::type;
-    with_element_of<Accumulation<T>>(residual_type, [&](auto residual_tag) {
-      using R = typename decltype(residual_tag)::type;
-      with_element_of<Accumulation<T>>(y_type, [&](auto y_tag) {
-        using Y = typename decltype(y_tag)::type;
-        add_branch_as(rows, columns, static_cast<const T*>(branch), bias, static_cast<const R*>(residual), layer_scale,
-                      scale, static_cast<Y*>(y));
-      });
+    using R = typename decltype(residual_tag)::type;
+    with_element_of<Accumulation<T>>(y_type, [&](auto y_tag) {
+      using Y = typename decltype(y_tag)::type;
+      add_branch_as(rows, columns, static_cast<const T*>(branch), bias, static_cast<const R*>(residual), layer_scale,
+                    scale, static_cast<Y*>(y));
     });
   });
 }
@@ -199,33 +197,28 @@ void branch_grad_as(int64_t rows, int64_t columns, const G* grad, const void* la
 
 void branch_grad(Element grad_type, Element branch_type, int64_t rows, int64_t columns, const void* grad,
                  const void* layer_scale, double scale, void* grad_branch, void* sums) {
-  with_element(branch_type, [&](auto branch_tag) {
+  with_elements(branch_type, grad_type, [&](auto branch_tag, auto grad_tag) {
     using T = typename decltype(branch_tag)::type;
-    with_element_of<Accumulation<T>>(grad_type, [&](auto grad_tag) {
-      using G = typename decltype(grad_tag)::type;
-      branch_grad_as(rows, columns, static_cast<const G*>(grad), layer_scale, scale, static_cast<T*>(grad_branch),
-                     sums);
-    });
+    using G = typename decltype(grad_tag)::type;
+    branch_grad_as(rows, columns, static_cast<const G*>(grad), layer_scale, scale, static_cast<T*>(grad_branch), sums);
   });
 }
 
 void layer_scale_grad(Element grad_type, Element branch_type, int64_t rows, int64_t columns, const void* grad,
                       const void* branch, double scale, void* sums) {
-  with_element(branch_type, [&](auto branch_tag) {
+  with_elements(branch_type, grad_type, [&](auto branch_tag, auto grad_tag) {
     using T = typename decltype(branch_tag)::type;
+    using G = typename decltype(grad_tag)::type;
     using A = Accumulation<T>;
-    with_element_of<A>(grad_type, [&](auto grad_tag) {
-      using G = typename decltype(grad_tag)::type;
-      const Vector<A> sample_scale = broadcast(static_cast<A>(scale));
-      for (int64_t row = 0; row < rows; ++row) {
-        const int64_t start = row * columns;
-        for_columns<A>(columns, [&](int64_t c, auto part) {
-          const Vector<A> product = load(static_cast<const G*>(grad) + start + c, part) *
-                                    load(static_cast<const T*>(branch) + start + c, part);
-          add_to(static_cast<A*>(sums) + c, product * sample_scale, part);
-        });
-      }
-    });
+    const Vector<A> sample_scale = broadcast(static_cast<A>(scale));
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t start = row * columns;
+      for_columns<A>(columns, [&](int64_t c, auto part) {
+        const Vector<A> product =
+            load(static_cast<const G*>(grad) + start + c, part) * load(static_cast<const T*>(branch) + start + c, part);
+        add_to(static_cast<A*>(sums) + c, product * sample_scale, part);
+      });
+    }
   });
 }
 
@@ -278,12 +271,10 @@ void transpose_as(int64_t rows, int64_t columns, const T* x, int64_t y_columns, 
 
 void transpose(Element x_type, Element y_type, int64_t rows, int64_t columns, const void* x, int64_t y_columns,
                void* y) {
-  with_element(x_type, [&](auto x_tag) {
+  with_elements(x_type, y_type, [&](auto x_tag, auto y_tag) {
     using T = typename decltype(x_tag)::type;
-    with_element_of<Accumulation<T>>(y_type, [&](auto y_tag) {
-      using Y = typename decltype(y_tag)::type;
-      transpose_as(rows, columns, static_cast<const T*>(x), y_columns, static_cast<Y*>(y));
-    });
+    using Y = typename decltype(y_tag)::type;
+    transpose_as(rows, columns, static_cast<const T*>(x), y_columns, static_cast<Y*>(y));
   });
 }
 
@@ -322,12 +313,10 @@ void scale_rows_as(int64_t rows, int64_t columns, const T* x, const void* scales
 
 void scale_rows(Element x_type, Element result_type, int64_t rows, int64_t columns, const void* x, const void* scales,
                 void* result) {
-  with_element(x_type, [&](auto x_tag) {
+  with_elements(x_type, result_type, [&](auto x_tag, auto result_tag) {
     using T = typename decltype(x_tag)::type;
-    with_element_of<Accumulation<T>>(result_type, [&](auto result_tag) {
-      using R = typename decltype(result_tag)::type;
-      scale_rows_as(rows, columns, static_cast<const T*>(x), scales, static_cast<R*>(result));
-    });
+    using R = typename decltype(result_tag)::type;
+    scale_rows_as(rows, columns, static_cast<const T*>(x), scales, static_cast<R*>(result));
   });
 }
 
@@ -342,12 +331,10 @@ void dot_rows_as(int64_t rows, int64_t columns, const T* x, const Y* y, void* do
 }
 
 void dot_rows(Element x_type, Element y_type, int64_t rows, int64_t columns, const void* x, const void* y, void* dots) {
-  with_element(x_type, [&](auto x_tag) {
+  with_elements(x_type, y_type, [&](auto x_tag, auto y_tag) {
     using T = typename decltype(x_tag)::type;
-    with_element_of<Accumulation<T>>(y_type, [&](auto y_tag) {
-      using Y = typename decltype(y_tag)::type;
-      dot_rows_as(rows, columns, static_cast<const T*>(x), static_cast<const Y*>(y), dots);
-    });
+    using Y = typename decltype(y_tag)::type;
+    dot_rows_as(rows, columns, static_cast<const T*>(x), static_cast<const Y*>(y), dots);
   });
 }
 

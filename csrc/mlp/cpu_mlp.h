@@ -86,8 +86,6 @@ class Mlp : public MlpArguments {
     });
   }
 
-  bool dense(const Chunk& chunk) const { return live.dense(chunk.first, chunk.first + chunk.rows); }
-
   const MlpParameters parameters;
   const MatrixProducts products;
   const LiveRows live;

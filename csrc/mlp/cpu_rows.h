@@ -32,9 +32,6 @@ class LiveRows {
     return scaled_ ? live_[row / rows_per_sample_] * rows_per_sample_ + row % rows_per_sample_ : row;
   }
 
-  // Whether these live rows are neighbours in the tensor too.
-  bool dense(int64_t first, int64_t end) const { return position(end - 1) - position(first) == end - 1 - first; }
-
   // Calls f(live row, position, rows, scale) for stretches of [first, end) that lie in one sample.
   template <class F>
   void for_each_run(int64_t first, int64_t end, const F& f) const {
