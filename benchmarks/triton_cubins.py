@@ -56,8 +56,7 @@ def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tu
             signature[name] = "*" + TYPES[value.dtype]
             divisible = not parameter.do_not_specialize_on_alignment
         elif hasattr(value, "block_shape"):  # a TensorDescriptor
-            block = ",".join(map(str, value.block_shape))
-            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, bool):
             signature[name] = "i1"
         elif isinstance(value, int):

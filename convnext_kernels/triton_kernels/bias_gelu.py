@@ -108,7 +108,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
         return y
     rows = x.numel() // x.shape[-1]
     constants = _constants("bias_gelu", x, rows, approximate)
-    grid = triton.cdiv(rows, constants["BLOCK_ROWS"]), triton.cdiv(x.shape[-1], constants["BLOCK_K"])
+    grid = launch.tiles_of(rows, constants["BLOCK_ROWS"]), launch.tiles_of(x.shape[-1], constants["BLOCK_K"])
     with launch.device_guard(x):
         launch.run(_forward_kernel, grid, x, bias, y, rows, **constants)
     return y
@@ -123,9 +123,9 @@ def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor | None, approximate
         return dx, torch.zeros((hidden,), dtype=torch.float32, device=x.device)
     rows = x.numel() // x.shape[-1]
     constants = _constants("bias_gelu_backward", x, rows, approximate)
-    columns = triton.cdiv(x.shape[-1], constants["BLOCK_K"])
-    programs = triton.cdiv(_PROGRAMS_A_MULTIPROCESSOR * launch.chip_of(x).multiprocessors, columns)
-    programs = min(programs, triton.cdiv(rows, constants["BLOCK_ROWS"]))
+    columns = launch.tiles_of(x.shape[-1], constants["BLOCK_K"])
+    programs = launch.tiles_of(_PROGRAMS_A_MULTIPROCESSOR * launch.chip_of(x).multiprocessors, columns)
+    programs = min(programs, launch.tiles_of(rows, constants["BLOCK_ROWS"]))
     partials = torch.empty((programs if hidden else 0, hidden), dtype=torch.float32, device=x.device)
     with launch.device_guard(x):
         launch.run(_backward_kernel, (programs, columns), grad, x, bias, dx, partials, rows, **constants)

@@ -345,28 +345,28 @@ def _plan(kernel: str, like: Tensor, kernel_size: int) -> tuple[tuple[int, int],
         rows=n * height * width,
         device=like.device,
     )
-    strips = triton.cdiv(width, chosen["STRIP"])
-    channel_blocks = triton.cdiv(channels, chosen["BLOCK_C"])
+    strips = launch.tiles_of(width, chosen["STRIP"])
+    channel_blocks = launch.tiles_of(channels, chosen["BLOCK_C"])
     programs = _PROGRAMS_A_MULTIPROCESSOR * launch.chip_of(like).multiprocessors
     # Whole columns where there are enough of them to go round, bands of them otherwise.
-    wanted = triton.cdiv(programs, max(1, n * strips * channel_blocks))
+    wanted = launch.tiles_of(programs, max(1, n * strips * channel_blocks))
     bands = max(1, min(wanted, height // _LEAST_BAND))
-    band_rows = triton.cdiv(height, bands)
-    bands = triton.cdiv(height, band_rows)
+    band_rows = launch.tiles_of(height, bands)
+    bands = launch.tiles_of(height, band_rows)
     tasks = n * strips * bands
-    grid = (channel_blocks, min(tasks, triton.cdiv(programs, channel_blocks)))
+    grid = (channel_blocks, min(tasks, launch.tiles_of(programs, channel_blocks)))
     constants = {
         "C": channels,
         "K": kernel_size,
         "maxnreg": _MOST_REGISTERS,
         **chosen.meta,
-        "STRIP": triton.cdiv(width, strips),  # not wider than it need be: 28 columns are 4 strips of 7
+        "STRIP": launch.tiles_of(width, strips),  # not wider than it need be: 28 columns are 4 strips of 7
     }
     return grid, (height, width, tasks, strips, bands, band_rows), constants
 
 
 def _strided_blocks(channels: int) -> dict[str, int]:
-    return {"BLOCK_P": 16, "BLOCK_C": min(64, max(16, triton.next_power_of_2(channels))), "num_warps": 4}
+    return {"BLOCK_P": 16, "BLOCK_C": min(64, max(16, launch.next_power_of_2(channels))), "num_warps": 4}
 
 
 def why_not(operator: str, *arguments: Any) -> str | None:
@@ -395,7 +395,7 @@ def depthwise_conv2d(
         else:
             shape = (height, width, out_height, out_width, n * out_height * out_width)
             blocks = _strided_blocks(channels)
-            grid = triton.cdiv(shape[-1], blocks["BLOCK_P"]), triton.cdiv(channels, blocks["BLOCK_C"])
+            grid = launch.tiles_of(shape[-1], blocks["BLOCK_P"]), launch.tiles_of(channels, blocks["BLOCK_C"])
             constants = {"C": channels, "K": kernel_size, "STRIDE": stride, "TRANSPOSED": False, **blocks}
             launch.run(_gather_kernel, grid, rows, weight, bias, None, sample_scale, y, *shape, **constants)
     return y.permute(0, 3, 1, 2)
@@ -433,7 +433,7 @@ def depthwise_conv2d_input_grad(
         else:
             shape = (out_height, out_width, height, width, n * height * width)
             blocks = _strided_blocks(channels)
-            grid = triton.cdiv(shape[-1], blocks["BLOCK_P"]), triton.cdiv(channels, blocks["BLOCK_C"])
+            grid = launch.tiles_of(shape[-1], blocks["BLOCK_P"]), launch.tiles_of(channels, blocks["BLOCK_C"])
             constants = {"C": channels, "K": kernel_size, "STRIDE": stride, "TRANSPOSED": True, **blocks}
             launch.run(_gather_kernel, grid, rows, weight, None, residual_rows, sample_scale, dx, *shape, **constants)
     return dx.permute(0, 3, 1, 2)
@@ -461,10 +461,10 @@ def depthwise_conv2d_weight_grad(
         else:
             pixels = grad_rows.shape[0] * grad_rows.shape[1] * grad_rows.shape[2]
             blocks = _strided_blocks(channels)
-            chunks = min(64, triton.cdiv(pixels, blocks["BLOCK_P"]))
+            chunks = min(64, launch.tiles_of(pixels, blocks["BLOCK_P"]))
             partials = grad.new_empty((chunks, (taps + 1) * channels), dtype=torch.float32)
             shape = (height, width, grad_rows.shape[1], grad_rows.shape[2], pixels)
-            grid = triton.cdiv(channels, blocks["BLOCK_C"]), chunks, taps + 1
+            grid = launch.tiles_of(channels, blocks["BLOCK_C"]), chunks, taps + 1
             constants = {"C": channels, "K": kernel_size, "STRIDE": stride, **blocks}
             tensors = grad_rows, rows, sample_scale, partials
             launch.run(_strided_weight_gradient_kernel, grid, *tensors, *shape, **constants)

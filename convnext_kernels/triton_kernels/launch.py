@@ -26,6 +26,7 @@ __all__ = [
     "chip_of",
     "column_pieces",
     "device_guard",
+    "next_power_of_2",
     "recorded",
     "row_tiles",
     "run",
@@ -184,8 +185,46 @@ def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -
     """
     if _recorder is not None:
         _recorder.launches.append(Launch(kernel, grid, arguments, constants))
-    elif 0 not in grid:
+    elif 0 in grid:
+        return
+    elif INTERPRETED:
         kernel[grid](*arguments, **constants)
+    else:
+        _launch(kernel, grid, arguments, constants)
+
+
+def _form(argument: Any) -> Any:
+    """What of an argument Triton compiles for: at least that."""
+    kind = type(argument)
+    if kind is Tensor or kind is torch.nn.Parameter:  # faster than isinstance, and no subclass gets here
+        return argument.dtype, argument.data_ptr() & 15 == 0
+    if kind is int:
+        # 1 and multiples of 16 may have code of their own, and what takes 64 bits has.
+        return argument == 1, argument & 15 == 0, argument.bit_length() < 32
+    if hasattr(argument, "block_shape"):  # a TensorDescriptor
+        return kind, argument.base.dtype, tuple(argument.block_shape)
+    return kind
+
+
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    """As `kernel[grid]`, which needs 7 us more of the host's time to find out which compiled form of the kernel fits.
+
+    A compiled form is launched with all the kernel's parameters, constants too, as Triton's tutorials do it.
+    """
+    device = triton.runtime.driver.active.get_current_device()
+    key = (id(kernel), device, *constants.items(), *map(_form, arguments))
+    found = _compiled.get(key)
+    if found is not None:
+        compiled, others = found
+        compiled[(*grid, 1, 1)[:3]](*arguments, *others)
+        return
+    compiled = kernel[grid](*arguments, **constants)
+    if compiled is not None:  # a hook of Triton's may have compiled it elsewhere
+        parameters = kernel.params[len(arguments) :]
+        _compiled[key] = compiled, tuple(constants.get(each.name, each.default) for each in parameters)
 
 
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -206,12 +245,17 @@ def column_pieces(columns: int) -> tuple[int, int]:
     """
     first = max(16, 1 << (columns.bit_length() - 1))
     rest = columns - first
-    return first, 0 if rest <= 0 else max(16, triton.next_power_of_2(rest))
+    return first, 0 if rest <= 0 else max(16, next_power_of_2(rest))
 
 
 def tiles_of(count: int, size: int) -> int:
     """How many tiles of `size` hold `count`: triton.cdiv, which takes microseconds outside a kernel."""
     return -(-count // size)
+
+
+def next_power_of_2(count: int) -> int:
+    """The least power of two that is no less than `count`: Triton's takes microseconds outside a kernel."""
+    return 1 << (count - 1).bit_length()
 
 
 def row_tiles(rows: int, rows_per_sample: int, block_m: int, per_sample: bool) -> int:

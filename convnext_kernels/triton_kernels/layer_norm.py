@@ -296,7 +296,7 @@ def layer_norm(
     with launch.device_guard(x):
         if channels <= _LONGEST_ROW:
             constants = _constants("layer_norm", x, rows)
-            grid = (triton.cdiv(rows, constants["BLOCK_ROWS"]),)
+            grid = (launch.tiles_of(rows, constants["BLOCK_ROWS"]),)
             launch.run(_forward_kernel, grid, x, weight, bias, y, mean, rstd, rows, eps, **constants)
         else:
             options = {"C": channels, "CHUNK": _CHUNK, "num_warps": 8}
@@ -325,7 +325,7 @@ def layer_norm_backward(
         needs = {"NEEDS_WEIGHT": needs_weight, "NEEDS_BIAS": needs_bias}
         if channels <= _LONGEST_ROW:
             constants = _constants("layer_norm_backward", x, rows)
-            programs = min(programs, triton.cdiv(rows, constants["BLOCK_ROWS"]))
+            programs = min(programs, launch.tiles_of(rows, constants["BLOCK_ROWS"]))
             partials = torch.empty((programs, vectors * channels), dtype=torch.float32, device=x.device)
             tensors = grad, x, mean, rstd, weight, dx, partials
             launch.run(_backward_kernel, (programs,), *tensors, rows, NEEDS_X=needs_x, **needs, **constants)
@@ -334,8 +334,8 @@ def layer_norm_backward(
                 options = {"C": channels, "CHUNK": _CHUNK, "num_warps": 8}
                 launch.run(_long_input_gradient_kernel, (rows,), grad, x, mean, rstd, weight, dx, **options)
             blocks = {"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 128}
-            column_blocks = triton.cdiv(channels, blocks["BLOCK_COLUMNS"])
-            programs = min(triton.cdiv(programs, column_blocks), triton.cdiv(rows, blocks["BLOCK_ROWS"]))
+            column_blocks = launch.tiles_of(channels, blocks["BLOCK_COLUMNS"])
+            programs = min(launch.tiles_of(programs, column_blocks), launch.tiles_of(rows, blocks["BLOCK_ROWS"]))
             partials = torch.empty((programs, vectors * channels), dtype=torch.float32, device=x.device)
             if vectors:
                 options = {"C": channels, **blocks, "num_warps": 4}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..reference import GRN_EPS
@@ -112,11 +111,11 @@ class MlpBackward:
             self.fc1_factor = self.new(1)
         arguments = self.given_fc1_weight, self.given_fc1_bias, self.norm_weight, self.norm_bias
         outputs = self.fc1_weight, self.fc1_factor, self.fc1_bias
-        columns = triton.next_power_of_2(self.channels)
+        columns = launch.next_power_of_2(self.channels)
         rows = max(1, min(16, 4096 // columns))
         launch.run(
             fold_norm_kernel,
-            (triton.cdiv(self.hidden, rows),),
+            (launch.tiles_of(self.hidden, rows),),
             *arguments,
             *outputs,
             C=self.channels,
@@ -134,14 +133,14 @@ class MlpBackward:
         self.fc2_factor = self.new(1)
         launch.run(
             fold_layer_scale_kernel,
-            (triton.cdiv(self.channels, 16), triton.cdiv(self.hidden, 128)),
+            (launch.tiles_of(self.channels, 16), launch.tiles_of(self.hidden, 128)),
             self.fc2_weight,
             self.layer_scale,
             self.folded_fc2_weight,
             self.fc2_factor,
             C=self.channels,
             K=self.hidden,
-            COLUMNS=triton.next_power_of_2(self.channels),
+            COLUMNS=launch.next_power_of_2(self.channels),
             BLOCK_C=16,
             BLOCK_K=128,
             num_warps=4,
@@ -161,7 +160,7 @@ class MlpBackward:
         if self.fused_norm:
             self.norm_tiles = self.config("mlp_backward_norm")
         else:
-            self.norm_tiles = {"BLOCK_M": max(1, 4096 // triton.next_power_of_2(c)), "num_warps": 4}
+            self.norm_tiles = {"BLOCK_M": max(1, 4096 // launch.next_power_of_2(c)), "num_warps": 4}
             self.input_tiles = self.config("mlp_backward_input")
         self.prepare_columns = next((n for n in (128, 64, 32) if c % n == 0), 128)
         self.prepare_rows = 4096 // self.prepare_columns
@@ -176,13 +175,13 @@ class MlpBackward:
         # A quarter for the parts of the weights' gradients, which the splits are chosen to fit.
         unit = self.rows_per_sample if grn else 128
         most = max(1, int(workspace_bytes * 3 // 4 / (row_bytes + part_bytes)) // unit) * unit
-        count = triton.cdiv(self.rows, most)
-        chunk_rows = triton.cdiv(triton.cdiv(self.rows, count), unit) * unit
+        count = launch.tiles_of(self.rows, most)
+        chunk_rows = launch.tiles_of(launch.tiles_of(self.rows, count), unit) * unit
         chunks = [_Chunk(first, min(chunk_rows, self.rows - first)) for first in range(0, self.rows, chunk_rows)]
 
         p, q, r = (self.weight_tiles[name] for name in ("BLOCK_P", "BLOCK_Q0", "BLOCK_R"))
         q += self.weight_tiles["BLOCK_Q1"]
-        tiles, multiprocessors = triton.cdiv(k, p) * triton.cdiv(c, q), launch.chip_of(self.z).multiprocessors
+        tiles, multiprocessors = launch.tiles_of(k, p) * launch.tiles_of(c, q), launch.chip_of(self.z).multiprocessors
         # Parts are written and read by every chunk, fp32.
         splits = weight_splits(tiles, 2 * p * q, 8 * p * q, chunks[0].rows, r, multiprocessors)
         weights = max(1, self.fc1_sums + self.fc2_sums)
@@ -206,20 +205,20 @@ class MlpBackward:
             self.dhat = self.hat if self.hat is not None else self.new(rows, c, dtype=self.dtype)
         self.fc1_bias_parts = self.branch_parts = self.fc1_parts = self.fc2_parts = None
         if self.branch_sums:
-            self.branch_parts = self.new(triton.cdiv(rows, self.prepare_rows), c)
+            self.branch_parts = self.new(launch.tiles_of(rows, self.prepare_rows), c)
         if self.fc1_sums:
             direct = self.splits == 1 and self.wanted[_FC1_WEIGHT]
             self.fc1_parts = self.results[_FC1_WEIGHT] if direct else self.new(self.splits, k, c)
         if self.fc2_sums:
             direct = self.splits == 1 and self.wanted[_FC2_WEIGHT]
             self.fc2_parts = self.results[_FC2_WEIGHT] if direct else self.new(self.splits, c, k)
-        tiles = triton.cdiv(rows, self.hidden_tiles["BLOCK_M"])
+        tiles = launch.tiles_of(rows, self.hidden_tiles["BLOCK_M"])
         if self.grn_weight is None:
             if self.fc1_bias_sums:
                 self.fc1_bias_parts = self.new(tiles, k)
             return
         images = rows // self.rows_per_sample
-        self.segments = triton.cdiv(self.rows_per_sample, _SEGMENT_ROWS)
+        self.segments = launch.tiles_of(self.rows_per_sample, _SEGMENT_ROWS)
         self.square_parts = self.new(tiles + images, k)
         self.product_parts = self.new(tiles + images, k) if self.grad_activated else None
         self.grad_parts = self.new(tiles + images, k) if self.grad_activated else None
@@ -267,7 +266,7 @@ class MlpBackward:
         dz = self.result(_Z) if self.order is not None else None
         if not self.normalised and not self.copied and not self.branch_sums and dz is None:
             return
-        grid = (triton.cdiv(chunk.rows, self.prepare_rows),)
+        grid = (launch.tiles_of(chunk.rows, self.prepare_rows),)
         inputs = self.z, self.mean, self.rstd, self.grad, self.sample_scale, self.order, self.live_count
         columns = {"C": self.channels, "BLOCK_M": self.prepare_rows, "BLOCK_C": self.prepare_columns}
         results = self.hat, self.u, self.branch_parts, dz
@@ -276,7 +275,7 @@ class MlpBackward:
     def hidden_gradients(self, chunk: _Chunk) -> None:
         tile = self.hidden_tiles
         grn = self.grn_weight is not None
-        tiles = triton.cdiv(chunk.rows, tile["BLOCK_M"]) * triton.cdiv(self.hidden, tile["BLOCK_N"])
+        tiles = launch.tiles_of(chunk.rows, tile["BLOCK_M"]) * launch.tiles_of(self.hidden, tile["BLOCK_N"])
         launch.run(
             hidden_gradients_kernel,
             (tiles,),
@@ -322,14 +321,14 @@ class MlpBackward:
             K=self.hidden,
             EPS=GRN_EPS,
             PART_ROWS=self.hidden_tiles["BLOCK_M"],
-            BLOCK_K=triton.next_power_of_2(self.hidden),
+            BLOCK_K=launch.next_power_of_2(self.hidden),
             num_warps=8,
         )
         if not self.fc2_sums and not self.grad_hidden:
             return
         launch.run(
             grn_activation_kernel,
-            (images * self.segments, triton.cdiv(self.hidden, _ACTIVATION_COLUMNS)),
+            (images * self.segments, launch.tiles_of(self.hidden, _ACTIVATION_COLUMNS)),
             self.g,
             self.dh if self.grad_hidden else None,
             self.factors,
@@ -353,10 +352,10 @@ class MlpBackward:
         self, chunk: _Chunk, wide: Tensor, narrow: Tensor, parts: Tensor, stride_p: int, stride_q: int
     ) -> None:
         tile = self.weight_tiles
-        tiles_q = triton.cdiv(self.channels, tile["BLOCK_Q0"] + tile["BLOCK_Q1"])
+        tiles_q = launch.tiles_of(self.channels, tile["BLOCK_Q0"] + tile["BLOCK_Q1"])
         launch.run(
             weight_gradient_kernel,
-            (triton.cdiv(self.hidden, tile["BLOCK_P"]) * tiles_q, self.splits),
+            (launch.tiles_of(self.hidden, tile["BLOCK_P"]) * tiles_q, self.splits),
             wide,
             narrow,
             parts,
@@ -374,14 +373,14 @@ class MlpBackward:
         c0, c1 = self.norm_pieces
         place = self.place(chunk)[:3]
         rows = self.z, self.mean, self.rstd, self.order, self.live_count, self.results[_Z]
-        grid = (triton.cdiv(chunk.rows, self.norm_tiles["BLOCK_M"]),)
+        grid = (launch.tiles_of(chunk.rows, self.norm_tiles["BLOCK_M"]),)
         columns = {"C": self.channels, "C0": c0, "C1": c1, **self.norm_tiles}
         product = self.dh, self.fc1_weight, self.fc1_factor
         if self.fused_norm:
             launch.run(norm_gradient_kernel, grid, *product, *rows, *place, K=self.hidden, **columns)
             return
         tile = self.input_tiles
-        tiles = triton.cdiv(chunk.rows, tile["BLOCK_M"]) * triton.cdiv(self.channels, tile["BLOCK_N"])
+        tiles = launch.tiles_of(chunk.rows, tile["BLOCK_M"]) * launch.tiles_of(self.channels, tile["BLOCK_N"])
         arguments = *product, self.dhat, self.live_count, *place
         launch.run(input_gradient_kernel, (tiles,), *arguments, C=self.channels, K=self.hidden, **tile)
         launch.run(norm_backward_kernel, grid, self.dhat, *rows, *place, **columns)
@@ -405,11 +404,11 @@ class MlpBackward:
         folded = sums is not None and (self.norm_weight is not None or self.norm_bias is not None)
         if not norm and not folded:
             return
-        tiles_k = triton.cdiv(self.hidden, _FINISH_ROWS)
+        tiles_k = launch.tiles_of(self.hidden, _FINISH_ROWS)
         norm_parts = self.new(tiles_k, 2, self.channels) if norm else None
         launch.run(
             fc1_gradients_kernel,
-            (tiles_k, triton.cdiv(self.channels, _FINISH_COLUMNS)),
+            (tiles_k, launch.tiles_of(self.channels, _FINISH_COLUMNS)),
             sums,
             fc1_bias,
             self.given_fc1_weight,
@@ -439,7 +438,7 @@ class MlpBackward:
             return
         launch.run(
             fc2_gradients_kernel,
-            (triton.cdiv(self.channels, 4),),
+            (launch.tiles_of(self.channels, 4),),
             sums,
             branch_sums,
             self.fc2_weight,
@@ -469,7 +468,7 @@ class MlpBackward:
         block_p, block_n = (4, 256) if columns > 1 << 16 else (64, 32)
         launch.run(
             column_sums_kernel,
-            (triton.cdiv(columns, block_n),),
+            (launch.tiles_of(columns, block_n),),
             parts,
             result,
             parts.numel() // stride,

@@ -7,8 +7,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 
-import triton
-
 from . import config, launch
 
 __all__ = ["WORKSPACE_BYTES", "weight_splits"]
@@ -143,8 +141,8 @@ def weight_splits(
     """
     best, least = 1, None
     for splits in range(1, max(1, min(4 * multiprocessors // tiles, rows // (4 * block_rows))) + 1):
-        waves = triton.cdiv(tiles * splits, multiprocessors)
-        time = waves * triton.cdiv(rows, splits) * tile_operations + 1.5 * tiles * splits * tile_bytes
+        waves = launch.tiles_of(tiles * splits, multiprocessors)
+        time = waves * launch.tiles_of(rows, splits) * tile_operations + 1.5 * tiles * splits * tile_bytes
         if least is None or time < least:
             best, least = splits, time
     return best

@@ -38,7 +38,7 @@ def add_rows(partials: Tensor, inner: int) -> Tensor:
     """
     rows, columns = partials.shape
     out = torch.empty((columns,), dtype=torch.float32, device=partials.device)
-    grid = (triton.cdiv(columns, _COLUMNS),)
+    grid = (launch.tiles_of(columns, _COLUMNS),)
     options = {"ROWS": _ROWS, "COLUMNS": _COLUMNS, "num_warps": 4}
     launch.run(_add_rows_kernel, grid, partials, out, rows, columns, partials.stride(0), inner, **options)
     return out
