@@ -406,9 +406,16 @@ void launch(const char* op, void (*kernel)(Parameters...), const LaunchShape& sh
 #if defined(__CUDACC__)
   constexpr size_t kAlwaysAllowed = 48 * 1024;  // more dynamic shared memory has to be asked for
   cudaError_t error = cudaSuccess;
-  if (shape.shared_bytes > kAlwaysAllowed)
-    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shape.shared_bytes));
+  if (shape.shared_bytes > kAlwaysAllowed) {
+    // All there is, whatever this launch takes of it: the limit is the kernel's, and another thread that lowered it to
+    // what its own launch takes would make this one fail.
+    int device = 0, most = 0;
+    error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess)
+      error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   most);
+  }
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config{};
     config.gridDim = shape.grid;
