@@ -128,6 +128,19 @@ def triton_reason(device: torch.device) -> str:
     return kernels.launch.why_not_device(device) or ""
 
 
+@functools.cache
+def cuda_reason(device: torch.device) -> str:
+    """Why no kernel of the CUDA library runs on a CUDA device, whatever the arguments; empty where they do."""
+    build = native.build_info()  # None: a library without bindings says nothing of itself
+    if build is None or not torch.cuda.device_count():  # as above
+        return ""
+    capability = torch.cuda.get_device_capability(device)
+    if native.has_code_for(build["cuda_architectures"], capability):
+        return ""
+    compiled = ", ".join(build["cuda_architectures"])
+    return f"the CUDA library was compiled for {compiled}, and this GPU is sm_{capability[0]}{capability[1]}"
+
+
 def _why_not(backend: str, operator: str, device: torch.device, arguments: tuple[Any, ...]) -> str:
     """Why `backend` cannot run the operator; empty where it can. Without arguments: whatever they are."""
     if backend == "reference":
@@ -143,7 +156,7 @@ def _why_not(backend: str, operator: str, device: torch.device, arguments: tuple
     if backend != device.type:
         return f"the tensors are on '{device.type}'"
     if _has_kernel(operator, device.type):
-        return ""
+        return cuda_reason(device) if device.type == "cuda" else ""
     if device.type == "cuda":
         return native.status().cuda_reason or f"the CUDA library has no kernel for {operator}"
     return f"the {device.type.upper()} library has no kernel for {operator}"

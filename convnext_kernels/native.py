@@ -78,6 +78,30 @@ def build_info():
     return bindings.build_info() if bindings else None
 
 
+def has_code_for(architectures, capability):
+    """Whether a GPU of a compute capability, say (9, 0), runs what was compiled for `architectures` (of build_info).
+
+    Machine code runs on its own architecture and on later ones of the same generation, except that a Tegra shares none
+    with others; PTX on everything later; either on one architecture only with an 'a' at its end, and in one generation
+    only with an 'f' (CUDA C++ Programming Guide, compute capabilities; CUDA Compiler Driver NVCC, GPU compilation).
+    """
+    for architecture in architectures:
+        digits, suffix, ptx = re.fullmatch(r"sm_(\d+)([af]?)(\+PTX)?", architecture).groups()
+        compiled_for = int(digits[:-1]), int(digits[-1])
+        if compiled_for == capability:
+            return True
+        later = compiled_for < capability and suffix != "a"
+        same_generation = compiled_for[0] == capability[0]
+        if later and same_generation and not {compiled_for, capability} & _TEGRA:
+            return True
+        if later and ptx and (same_generation or not suffix):
+            return True
+    return False
+
+
+_TEGRA = {(8, 7)}
+
+
 def _check_torch(version):
     if tuple(map(int, re.match(r"(\d+)\.(\d+)", version).groups())) < MINIMUM_TORCH:
         raise NotBuiltError(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import convnext_kernels as ck
-from convnext_kernels import backends, reference_backend
+from convnext_kernels import backends, native, reference_backend
 from test_block import image
 from test_operators import raw_samples
 
@@ -285,8 +285,9 @@ class Gpu:
 
     def __init__(self, monkeypatch):
         self.capability, self.cuda, self.triton_operators = (9, 0), set(backends.OPERATORS), set(backends.OPERATORS)
-        self.refused = {}
+        self.refused, self.architectures = {}, ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120+PTX")
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(native, "build_info", lambda: {"cuda_architectures": self.architectures})
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: self.capability)
         monkeypatch.setattr(backends, "_has_kernel", lambda operator, device_type: operator in self.cuda)
         monkeypatch.setattr(backends, "_triton_kernels", lambda: self)
@@ -303,14 +304,19 @@ class Gpu:
         return self.refused.get(operator)
 
     def __call__(self, operator, *arguments, forced="auto"):
-        backends.triton_reason.cache_clear()
+        forget()
         return backends._choose(operator, forced, torch.device("cuda", 0), arguments)
+
+
+def forget():
+    backends.triton_reason.cache_clear()
+    backends.cuda_reason.cache_clear()
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     yield Gpu(monkeypatch)
-    backends.triton_reason.cache_clear()
+    forget()
 
 
 MLP = ("layer_norm_mlp", "layer_norm_mlp_backward")
@@ -331,17 +337,46 @@ def test_auto_without_the_cuda_library_takes_triton(gpu):
     assert "there is no Triton kernel for bias_gelu" in gpu("bias_gelu").reason
 
 
-def test_auto_on_an_old_gpu_leaves_triton_out(gpu):
+def test_auto_on_an_old_gpu_is_pytorchs_own(gpu):
     gpu.capability = (7, 5)
-    assert gpu("layer_norm_mlp") == (
-        "layer_norm_mlp",
-        "cuda",
-        "Triton kernels need compute capability 8.0, and this GPU has 7.5",
-    )
-    gpu.cuda = set()
-    assert gpu("layer_norm_mlp").backend == "reference"
+    compiled = "the CUDA library was compiled for sm_80, sm_86, sm_89, sm_90, sm_100, sm_120+PTX, and this GPU is sm_75"
+    triton = "Triton kernels need compute capability 8.0, and this GPU has 7.5"
+    for operator in backends.OPERATORS:
+        reasons = (triton, compiled) if operator in MLP else (compiled, triton)
+        assert gpu(operator) == (operator, "reference", "; ".join(reasons))
     with pytest.raises(RuntimeError, match=r"'triton' is forced, but Triton kernels need compute capability 8\.0"):
         gpu("layer_norm_mlp", forced="triton")
+    with pytest.raises(RuntimeError, match=r"'cuda' is forced, but the CUDA library was compiled for sm_80"):
+        gpu("layer_norm", forced="cuda")
+
+
+def test_auto_leaves_out_a_cuda_library_that_was_compiled_for_other_gpus(gpu):
+    gpu.architectures = ("sm_90",)
+    assert gpu("layer_norm").backend == "cuda"
+    gpu.capability = (8, 0)
+    assert gpu("layer_norm").backend == "triton"
+    assert gpu("layer_norm").reason == "the CUDA library was compiled for sm_90, and this GPU is sm_80"
+
+
+@pytest.mark.parametrize(
+    ("architectures", "runs", "fails"),
+    [
+        (["sm_80"], [(8, 0), (8, 6), (8, 9)], [(7, 5), (8, 7), (9, 0), (12, 0)]),
+        (["sm_86", "sm_90"], [(8, 6), (8, 9), (9, 0)], [(8, 0), (10, 0)]),
+        (["sm_87"], [(8, 7)], [(8, 6), (8, 9)]),
+        (["sm_80+PTX"], [(8, 0), (8, 7), (9, 0), (12, 1)], [(7, 5)]),
+        (["sm_90a"], [(9, 0)], [(10, 0)]),
+        (["sm_90a+PTX"], [(9, 0)], [(10, 0)]),
+        (["sm_100f+PTX"], [(10, 0), (10, 3)], [(11, 0), (12, 0)]),
+        (["sm_100", "sm_120+PTX"], [(10, 3), (12, 0), (12, 1)], [(9, 0), (11, 0)]),
+        ([], [], [(9, 0)]),
+    ],
+)
+def test_which_gpus_run_what_was_compiled(architectures, runs, fails):
+    for capability in runs:
+        assert native.has_code_for(architectures, capability), capability
+    for capability in fails:
+        assert not native.has_code_for(architectures, capability), capability
 
 
 def test_arguments_that_triton_refuses_go_to_the_next(gpu):
