@@ -98,6 +98,10 @@ def _factors_kernel(
 def launch_factors(partials, weight, live_count, factors, rows_per_sample, block_m, per_sample):
     """Fills factors (images, K) fp32 from the partial sums, for the first live_count (1,) images if that is given."""
     images, hidden = factors.shape
+    # A program is alone with its image, and each turn of its loops waits for memory: few turns, of 4096 values.
+    tiles = -(-rows_per_sample // block_m) + (not per_sample)
+    parts = min(16, 1 << (tiles - 1).bit_length())
+    columns = min(4096 // parts, 1 << (hidden - 1).bit_length())
     run(
         _factors_kernel,
         (images,),
@@ -110,7 +114,7 @@ def launch_factors(partials, weight, live_count, factors, rows_per_sample, block
         BLOCK_M=block_m,
         IMAGES=images_in_tile(block_m, rows_per_sample, per_sample),
         PER_SAMPLE=per_sample,
-        PARTS=16,
-        COLUMNS=256,
+        PARTS=parts,
+        COLUMNS=columns,
         num_warps=4,
     )
