@@ -134,6 +134,10 @@ def cuda_reason(device: torch.device) -> str:
     build = native.build_info()  # None: a library without bindings says nothing of itself
     if build is None or not torch.cuda.device_count():  # as above
         return ""
+    # The CUDA runtime inside the library takes any driver of its own major version or a later one.
+    compiler, driver = build["cuda_version"], native.cuda_driver_version()
+    if driver is not None and driver[0] < int(compiler.partition(".")[0]):
+        return f"the CUDA library was compiled with CUDA {compiler}, and the driver is for {driver[0]}.{driver[1]}"
     capability = torch.cuda.get_device_capability(device)
     if native.has_code_for(build["cuda_architectures"], capability):
         return ""

@@ -9,6 +9,7 @@ They are looked for in
 The CUDA library is loaded only into a PyTorch with CUDA; that needs no GPU and no driver.
 """
 
+import ctypes
 import importlib.machinery
 import importlib.metadata
 import importlib.util
@@ -100,6 +101,18 @@ def has_code_for(architectures, capability):
 
 
 _TEGRA = {(8, 7)}
+
+
+def cuda_driver_version():
+    """The newest CUDA that the installed driver runs, as (13, 0); None where there is no driver to ask."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    if driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
+        return None
+    return version.value // 1000, version.value % 1000 // 10
 
 
 def _check_torch(version):

@@ -287,7 +287,10 @@ class Gpu:
         self.capability, self.cuda, self.triton_operators = (9, 0), set(backends.OPERATORS), set(backends.OPERATORS)
         self.refused, self.architectures = {}, ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120+PTX")
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-        monkeypatch.setattr(native, "build_info", lambda: {"cuda_architectures": self.architectures})
+        self.driver = (13, 0)
+        build = {"cuda_version": "13.0"}
+        monkeypatch.setattr(native, "build_info", lambda: {**build, "cuda_architectures": self.architectures})
+        monkeypatch.setattr(native, "cuda_driver_version", lambda: self.driver)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: self.capability)
         monkeypatch.setattr(backends, "_has_kernel", lambda operator, device_type: operator in self.cuda)
         monkeypatch.setattr(backends, "_triton_kernels", lambda: self)
@@ -356,6 +359,17 @@ def test_auto_leaves_out_a_cuda_library_that_was_compiled_for_other_gpus(gpu):
     gpu.capability = (8, 0)
     assert gpu("layer_norm").backend == "triton"
     assert gpu("layer_norm").reason == "the CUDA library was compiled for sm_90, and this GPU is sm_80"
+
+
+def test_auto_leaves_out_a_cuda_library_that_is_too_new_for_the_driver(gpu):
+    for driver in ((13, 0), (13, 2), (14, 0), None):
+        gpu.driver = driver
+        assert gpu("layer_norm").backend == "cuda"
+    gpu.driver = (12, 8)
+    reason = "the CUDA library was compiled with CUDA 13.0, and the driver is for 12.8"
+    assert gpu("layer_norm") == ("layer_norm", "triton", reason)
+    with pytest.raises(RuntimeError, match="'cuda' is forced, but " + reason):
+        gpu("layer_norm", forced="cuda")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from triton.backends.nvidia.driver import CudaDriver
 
 import convnext_kernels as ck
 from benchmarks import triton_cubins
-from convnext_kernels import triton_kernels
+from convnext_kernels import native, triton_kernels
 from convnext_kernels.triton_kernels import config, launch
 
 # Before Triton looks for a driver; by its name the loader finds it again.
@@ -196,6 +196,10 @@ def test_single_operators():
                 torch.autograd.grad(result, x, torch.zeros_like(result), retain_graph=True)
     assert watch.names() >= {"_convolution_kernel", "_gather_kernel"}
     assert len(watch.names()) >= 5 and {record.stream for record in watch.records()} == {STREAM}
+
+
+def test_the_driver_is_asked_for_its_version():
+    assert native.cuda_driver_version() == (13, 0)
 
 
 def test_a_refused_launch_is_an_error():
