@@ -23,6 +23,8 @@ WIDTHS = {"v1": (96, 128, 192, 256), "v2": (40, 48, 64, 80, 96, 128, 192, 352)}
 #: Side of the first stage's feature map, at 224 and at 384 pixels.
 FIRST_SIDES = (56, 96)
 BATCHES = (1, 8, 32, 128, 256)
+#: The models, with batches, that benchmarks/goals.py has goals for; a GPU's model cases.
+GOAL_MODELS = (("convnext_tiny", 256), ("convnext_base", 256), ("convnextv2_base", 256), ("convnext_large", 128))
 
 
 class Precision(NamedTuple):
@@ -313,12 +315,12 @@ def model_cases(device_type: str, full: bool) -> list[ModelCase]:
             for precision in PRECISIONS
         ]
     if device_type == "cuda":
-        models, precisions, batch = ("convnext_tiny", "convnextv2_tiny", "convnext_base"), list(PRECISIONS)[1:], 128
+        models, precisions = GOAL_MODELS, list(PRECISIONS)[1:]
     else:
-        models, precisions, batch = ("convnext_tiny", "convnextv2_tiny"), ("fp32", "autocast-bf16"), 2
+        models, precisions = (("convnext_tiny", 2), ("convnextv2_tiny", 2)), ("fp32", "autocast-bf16")
     return [
         ModelCase(model, task, 224, batch, precision)
-        for model in models
+        for model, batch in models
         for task in ("inference", "training")
         for precision in precisions
     ]

@@ -113,15 +113,27 @@ def compare(
     runners: dict[str, CheckedRunner] = {}
     for provider in providers:
         outcome = outcomes[provider.name]
+        runner = None
         try:
             runner = provider.build(case, device)
             outcome.info["relative_error"] = check(runner, case, provider.kind)
+            if not runner.prepares:
+                runner.run(0)  # what does not fit into memory fails here, and the others are timed without it
+            runners[provider.name] = runner
         except Unavailable as reason:
             outcome.skipped = str(reason)
+        except torch.OutOfMemoryError as error:
+            # Its text only: the traceback would keep the tensors.
+            text = f"out of memory: {str(error).splitlines()[0]}"
+            if provider.kind == "ours":
+                outcome.error = MemoryError(text)
+            else:
+                outcome.skipped = text
         except Exception as error:
             outcome.error = error
-        else:
-            runners[provider.name] = runner
+        if provider.name not in runners:
+            del runner
+            _free_memory(device)
     gc.collect()
     if runners:
         times = race(runners, device, seconds)
@@ -135,10 +147,14 @@ def compare(
         images = {name: runner.images for name, runner in runners.items()}
         _add_ratios(kinds, images, times, outcomes)
     runners.clear()
+    _free_memory(device)
+    return outcomes
+
+
+def _free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return outcomes
 
 
 def _figures(case: Case, provider: Provider, runner: CheckedRunner, times: Race, ceilings: Ceilings) -> dict[str, Any]:

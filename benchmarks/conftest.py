@@ -3,6 +3,7 @@
     pytest benchmarks --benchmark-only                              the cases of a CPU, or of the GPU if there is one
     pytest benchmarks --benchmark-only -k 'block and training'      some of them
     pytest benchmarks --benchmark-only --full                       every stage, model, batch and resolution: days
+    pytest benchmarks --benchmark-only --budget 500                 no case is begun after 500 seconds
     pytest benchmarks --benchmark-only --benchmark-json result.json
     python -m benchmarks.report result.json --out folder            tables and plots
 
@@ -19,6 +20,7 @@ import functools
 import importlib.metadata
 import statistics
 import subprocess
+import time
 from typing import Any
 
 import pytest
@@ -40,6 +42,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("convnext_kernels benchmarks")
     group.addoption("--device", default=None, help="cpu or cuda (default: cuda if there, else cpu)")
     group.addoption("--full", action="store_true", help="every case of benchmarks/cases.py; takes very long")
+    group.addoption(
+        "--budget", type=float, metavar="SECONDS", help="begin no case after so long; the result file has the others"
+    )
     group.addoption("--seconds", type=float, default=0.3, help="of timing a provider in a case (default: 0.3)")
 
 
@@ -80,6 +85,7 @@ class _Session:
         self.measured: list[dict[str, Any]] = []
         self._case: Case | None = None
         self._outcomes: dict[str, Outcome] = {}
+        self._start = time.monotonic()
 
     @functools.cached_property
     def ceilings(self) -> Ceilings:
@@ -97,9 +103,14 @@ class _Session:
                 for item in items
                 if getattr(item, "callspec", None) and item.callspec.params.get("case") == case
             ]
-            seconds = self._config.getoption("--seconds")
-            self._outcomes = compare(case, providers, self.device, self.ceilings, seconds)
             self._case = case
+            budget = self._config.getoption("--budget")
+            if budget is not None and time.monotonic() - self._start > budget:
+                late = Outcome(skipped=f"the budget of {budget:g} s ended before this case")
+                self._outcomes = {each.name: late for each in providers}
+            else:
+                seconds = self._config.getoption("--seconds")
+                self._outcomes = compare(case, providers, self.device, self.ceilings, seconds)
         return self._outcomes[provider.name]
 
     def facts(self) -> dict[str, Any]:

@@ -22,6 +22,9 @@ from .providers import InBackend, compiled, forward_in, generator, imported, in_
 
 Execute = Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]]
 
+#: Images of a batch whose results are compared with fp64, which needs some ten times the memory of bf16.
+CHECKED_IMAGES = 8
+
 
 def as_it_is(model: nn.Module, x: Tensor) -> nn.Module:
     return model
@@ -48,6 +51,8 @@ class ModelRunner(CheckedRunner):
     Args:
         library: whose model: timm, torchvision.
         execute: from a model and an input what runs the model.
+        compiled: it runs batches of that input's size only, or would compile again. Then no gradients are checked,
+            which are sums over the batch, and of the logits those of the images that the others are checked with.
     """
 
     def __init__(
@@ -57,9 +62,10 @@ class ModelRunner(CheckedRunner):
         library: str = "timm",
         execute: Execute = as_it_is,
         memory_format: torch.memory_format = torch.channels_last,
+        compiled: bool = False,
     ) -> None:
         self._case, self._device, self._library, self._format = case, device, library, memory_format
-        self._execute = execute
+        self._execute, self._compiled = execute, compiled
         self.images = case.batch
         self._x, self._labels = self._inputs(case.batch)
         self._start()
@@ -102,18 +108,28 @@ class ModelRunner(CheckedRunner):
             torch.compiler.cudagraph_mark_step_begin()
         self.step(self._x, self._labels)
 
+    def _checked(self) -> tuple[Tensor, Tensor]:
+        return self._x[:CHECKED_IMAGES], self._labels[:CHECKED_IMAGES]
+
     def results(self) -> Results:
-        return _model_results(self._case, self._model, self._run, self._x, self._labels)
+        if not self._compiled:
+            return _model_results(self._case, self._model, self._run, *self._checked())
+        with torch.inference_mode(self._case.task == "inference"):
+            logits = forward_in(self._case.precision, self._run, self._x)
+            return {"logits": logits[:CHECKED_IMAGES].detach().to(torch.float32, copy=True)}
 
     def exact(self) -> Results:
         case = self._case
         if PRECISIONS[case.precision].stored == torch.float32:
             case = replace(case, precision="fp32")  # the same numbers come in: found in the cache
-        return _exact_model(case, self._device, self._library)
+        return self._comparable(_exact_model(case, self._device, self._library))
 
     def eager(self) -> Results:
         model = self._fresh(self._device, PRECISIONS[self._case.precision].stored)
-        return _model_results(self._case, model, model, self._x, self._labels)
+        return self._comparable(_model_results(self._case, model, model, *self._checked()))
+
+    def _comparable(self, results: Results) -> Results:
+        return {"logits": results["logits"]} if self._compiled else results
 
     def memory(self) -> dict[str, Any]:
         out: dict[str, Any] = {"peak_bytes": peak_growth(lambda: self.run(0), self._device)}
@@ -144,7 +160,8 @@ def _model_results(case: ModelCase, model: nn.Module, run: Any, x: Tensor, label
 def _exact_model(case: ModelCase, device: torch.device, library: str) -> Results:
     runner = ModelRunner(case, device, library)
     model = runner._fresh(device, torch.float64)
-    return _model_results(case, model, model, runner._x.double(), runner._labels)
+    x, labels = runner._checked()
+    return _model_results(case, model, model, x.double(), labels)
 
 
 # --- other ways to run a model
@@ -212,7 +229,9 @@ def _always(*_: Any) -> bool:
 OURS = _provider("ours", "ours", _always, "timm's model after fuse()", execute=fused)
 TIMM = _provider("timm", "eager", _always, "channels-last")
 TIMM_NCHW = _provider("timm-nchw", "eager", _always, "NCHW", memory_format=torch.contiguous_format)
-COMPILE = _provider("compile", "other", _compiled_here, "timm's, torch.compile", execute=compiled_in(None))
+COMPILE = _provider(
+    "compile", "other", _compiled_here, "timm's, torch.compile", execute=compiled_in(None), compiled=True
+)
 
 MODEL_PROVIDERS = [
     OURS,
@@ -228,17 +247,27 @@ MODEL_PROVIDERS = [
     TIMM_NCHW,
     _provider("torchvision", "eager", _in_torchvision, "channels-last", library="torchvision"),
     COMPILE,
-    _provider("ours-compile", "ours", _compiled_here, "after fuse(), torch.compile", execute=fused_and_compiled),
+    _provider(
+        "ours-compile", "ours", _compiled_here, "after fuse(), torch.compile", execute=fused_and_compiled, compiled=True
+    ),
     _provider(
         "max-autotune",
         "other",
         _compiled_here,
         "timm's, torch.compile(mode='max-autotune')",
         execute=compiled_in("max-autotune"),
+        compiled=True,
     ),
-    _provider("onnxruntime", "other", _inference_on("cpu", "fp32"), "timm's", execute=in_onnxruntime),
-    _provider("openvino", "other", _inference_on("cpu", "fp32"), "timm's", execute=in_openvino),
-    _provider("tensorrt", "other", _inference_on("cuda", "pure-bf16"), "timm's, torch_tensorrt", execute=in_tensorrt),
+    _provider("onnxruntime", "other", _inference_on("cpu", "fp32"), "timm's", execute=in_onnxruntime, compiled=True),
+    _provider("openvino", "other", _inference_on("cpu", "fp32"), "timm's", execute=in_openvino, compiled=True),
+    _provider(
+        "tensorrt",
+        "other",
+        _inference_on("cuda", "pure-bf16"),
+        "timm's, torch_tensorrt",
+        execute=in_tensorrt,
+        compiled=True,
+    ),
 ]
 SCALING_PROVIDERS = [OURS, TIMM]
 
@@ -331,7 +360,11 @@ EXPERIMENT_PROVIDERS = [
     Provider("ours", "ours", functools.partial(_in, execute=fused), note="timm's model after fuse()"),
     Provider("timm", "eager", _in, note="channels-last"),
     Provider(
-        "compile", "other", functools.partial(_in, execute=compiled_in(None)), _experiments, "timm's, torch.compile"
+        "compile",
+        "other",
+        functools.partial(_in, execute=compiled_in(None), compiled=True),
+        _experiments,
+        "timm's, torch.compile",
     ),
     Provider("ours-fixed", "ours", functools.partial(_in, execute=fused, fixed=True), _varying, "batches of one size"),
     Provider("timm-fixed", "other", functools.partial(_in, fixed=True), _varying, "batches of one size"),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -81,16 +82,19 @@ class InBackend(CheckedRunner):
         self.images, self.exact, self.eager = runner.images, runner.exact, runner.eager
         self.capturable = runner.capturable
 
+    def _chosen(self) -> contextlib.AbstractContextManager[None]:
+        return ck.use_backend(self._backend)
+
     def run(self, call: int) -> None:
-        with ck.use_backend(self._backend):
+        with self._chosen():
             self._runner.run(call)
 
     def results(self) -> Results:
-        with ck.use_backend(self._backend):
+        with self._chosen():
             return self._runner.results()
 
     def memory(self) -> dict[str, Any]:
-        with ck.use_backend(self._backend):
+        with self._chosen():
             return self._runner.memory()
 
 
@@ -249,9 +253,47 @@ def compiled_here(case: Case, device_type: str, full: bool) -> bool:
     return isinstance(case, BlockCase) and case.channels == 384 and case.precision == "autocast-bf16"
 
 
+class InVersion(InBackend):
+    """The CUDA depthwise convolution by one of its two versions, in the backward pass too."""
+
+    VARIABLE = "CONVNEXT_KERNELS_DEPTHWISE_CONV"
+
+    def __init__(self, runner: CheckedRunner, version: str) -> None:
+        super().__init__(runner, "cuda")
+        self._version = version
+
+    @contextlib.contextmanager
+    def _chosen(self) -> Iterator[None]:
+        before = os.environ.get(self.VARIABLE)
+        os.environ[self.VARIABLE] = self._version
+        try:
+            with super()._chosen():
+                yield
+        finally:
+            os.environ.pop(self.VARIABLE)
+            if before is not None:
+                os.environ[self.VARIABLE] = before
+
+
+def _has_versions(case: Case, device_type: str, full: bool) -> bool:
+    return device_type == "cuda" and case.operator == "depthwise_conv2d" and case.precision == "pure-bf16"
+
+
+def _in_version(version: str, note: str) -> Provider:
+    return Provider(
+        f"ours-{version}",
+        "ours",
+        lambda case, device: InVersion(_our_operator(case, device), version),
+        _has_versions,
+        note,
+    )
+
+
 OPERATOR_PROVIDERS = [
     Provider("ours", "ours", _our_operator),
     *in_gpu_backends(_our_operator),
+    _in_version("fma", "version 1: fp32 arithmetic"),
+    _in_version("tensor", "version 2: tensor cores"),
     Provider("eager", "eager", _reference_operator, note="channels-last"),
     Provider("eager-nchw", "eager", _nchw_operator, lambda case, *_: case.operator == "depthwise_conv2d"),
     Provider(

@@ -8,16 +8,22 @@
 #   verify     every operator of every backend against fp64
 #   tune       the fastest configurations of the Triton kernels at the stages of ConvNeXt-T and -B, into OUT_DIR: what
 #              runs later with the same OUT_DIR runs with them
-#   bench      the fused block against eager PyTorch
+#   bench      the fused block against eager PyTorch, in a minute
+#   operators, blocks, models
+#              the benchmark suite in three parts, without the providers that compile, which are operators-compile,
+#              blocks-compile and models-compile (ours beside them). `python -m benchmarks.report` and
+#              `python -m benchmarks.goals` take the JSON files of several parts as one.
+#   counters   what the operators' kernels wait for, by NVIDIA's ncu
 #   baseline   timm and torchvision without this package; baseline-eager, baseline-torchvision, baseline-compile and
 #              baseline-max-autotune choose one part, baseline alone is the first. What does not fit into a run is done
 #              by the next one with the same OUT_DIR.
-#   all        build, test, test-triton, verify, tune, bench, baseline
+#   all        build, test, test-triton, verify, tune, operators, models, blocks, counters, baseline
 #
 # Logs and JSON go to OUT_DIR (default: the environment variable OUT). Each part ends within 9 minutes (PART_SECONDS,
 # default 530); every part but the baseline installs first, which takes seconds where nothing changed. The exit code is
 # 0 only if every part succeeded. PYTHON names the interpreter (default: python3); it needs torch with CUDA, nvcc,
-# setuptools, ninja and pybind11, and for the tests and the baseline pytest, timm and torchvision.
+# setuptools, ninja and pybind11, for the tests and the baseline pytest, timm and torchvision, and for the suite
+# pytest-benchmark.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -33,9 +39,10 @@ parts=()
 out=${OUT:-}
 while [ $# -gt 0 ]; do
   case $1 in
-    build | test | test-triton | verify | tune | bench | baseline | baseline-eager | baseline-torchvision | \
+    build | test | test-triton | verify | tune | bench | operators | blocks | models | operators-compile | \
+      blocks-compile | models-compile | counters | baseline | baseline-eager | baseline-torchvision | \
       baseline-compile | baseline-max-autotune) parts+=("$1") ;;
-    all) parts+=(build test test-triton verify tune bench baseline) ;;
+    all) parts+=(build test test-triton verify tune operators models blocks counters baseline) ;;
     -*) usage ;;
     *)
       # Only the last argument may be the folder: a misspelt part must not become one.
@@ -103,6 +110,29 @@ run_part() {
       install_package
       : > "$out/$part.log"
       (cd "$out" && limited "$out/$part.log" "$python" -m convnext_kernels "$part" --device cuda --json "$out/$part.json")
+      ;;
+    operators* | blocks* | models*)
+      install_package
+      : > "$out/$part.log"
+      local file providers
+      case $part in
+        operators*) file=benchmarks/test_operators.py ;;
+        blocks*) file=benchmarks/test_block.py ;;
+        models*) file=benchmarks/test_model.py ;;
+      esac
+      case $part in
+        *-compile) providers="compile or autotune or ours] or eager] or timm]" ;;
+        *) providers="not compile and not autotune" ;;
+      esac
+      # No case begins in the last minute and a half; what was measured by then is in the file.
+      (cd "$root" && limited "$out/$part.log" "$python" -m pytest "$file" --benchmark-only -q --device cuda \
+        -k "$providers" --budget $((part_seconds > 90 ? part_seconds - 90 : 0)) --benchmark-json "$out/$part.json")
+      ;;
+    counters)
+      install_package
+      : > "$out/$part.log"
+      (cd "$root" && limited "$out/$part.log" "$python" -m benchmarks.counters --csv "$out/$part.csv" \
+        --json "$out/$part.json")
       ;;
     baseline*)
       local cases=${part#baseline}

@@ -1,7 +1,7 @@
 """Result files of `pytest benchmarks --benchmark-json FILE` as a page with tables and plots, and compared.
 
-python -m benchmarks.report RESULT.json --out FOLDER        FOLDER/report.md and its plots
-python -m benchmarks.report RESULT.json --out FOLDER --readme README.md
+python -m benchmarks.report RESULT.json ... --out FOLDER    FOLDER/report.md and its plots
+python -m benchmarks.report RESULT.json ... --out FOLDER --readme README.md
                                     and the summary, between the README's lines <!-- benchmarks --> and
                                     <!-- /benchmarks -->
 python -m benchmarks.report compare OLD.json NEW.json       exit status 1 if a ratio fell by more than 10 %
@@ -10,6 +10,7 @@ python -m benchmarks.report compare OLD.json NEW.json       exit status 1 if a r
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import os
@@ -49,12 +50,28 @@ class Result:
         return [row for row in self.rows if row["test"] == test]
 
 
-def load(path: Path) -> Result:
-    """Reads a file that pytest-benchmark wrote for this harness.
+def load(*paths: Path) -> Result:
+    """Reads files that pytest-benchmark wrote for this harness, several as one: parts of the suite on one machine.
+
+    The facts are the first file's. Of a benchmark that is in several files the last one counts.
 
     Raises:
-        ReportError: there is no such file, or it is another kind of file.
+        ReportError: there is no such file, it is another kind of file, or they are of different machines or versions.
     """
+    first, *others = (_load(path) for path in paths)
+    for path, other in zip(paths[1:], others):
+        for name in ("chip", "driver", "threads", "torch", "triton"):
+            if first.facts[name] != other.facts[name]:
+                raise ReportError(
+                    f"{path}: expected {name} {first.facts[name]} as in {paths[0]}, got {other.facts[name]}"
+                )
+        if first.commit != other.commit:
+            raise ReportError(f"{path}: expected commit {first.commit} as in {paths[0]}, got {other.commit}")
+    rows = {(row["test"], row["group"], row["provider"]): row for each in (first, *others) for row in each.rows}
+    return dataclasses.replace(first, rows=list(rows.values()))
+
+
+def _load(path: Path) -> Result:
     try:
         content = json.loads(path.read_text())
         facts = content["machine_info"]["convnext_kernels"]
@@ -170,28 +187,29 @@ def summary_table(result: Result, against: Sequence[str] | None = None) -> str:
 
 
 def operators_table(rows: list[Row]) -> str:
+    """A row a case, and on a GPU one for each of our backends and versions in it."""
     body = []
     for group, providers in groups(rows).items():
-        ours = providers.get("ours")
-        if ours is None:
-            continue
-        eager = providers.get(ours["baseline"])
-        body.append(
-            (
-                group,
-                milliseconds(ours),
-                milliseconds(eager),
-                ours["baseline"] or "",
-                times(ours["ratio"]),
-                spread(ours["ratio"]),
-                number(ours, "gigabytes_a_second"),
-                number(ours, "teraflops"),
-                number(ours, "roofline_percent", ".0f"),
-                number(eager, "roofline_percent", ".0f"),
-                number(ours, "peak_bytes", ".1f", 1e6),
-                number(eager, "peak_bytes", ".1f", 1e6),
+        for name, ours in providers.items():
+            if ours["kind"] != "ours":
+                continue
+            eager = providers.get(ours["baseline"])
+            body.append(
+                (
+                    group if name == "ours" else f"... {name.removeprefix('ours-')}",
+                    milliseconds(ours),
+                    milliseconds(eager),
+                    ours["baseline"] or "",
+                    times(ours["ratio"]),
+                    spread(ours["ratio"]),
+                    number(ours, "gigabytes_a_second"),
+                    number(ours, "teraflops"),
+                    number(ours, "roofline_percent", ".0f"),
+                    number(eager, "roofline_percent", ".0f"),
+                    number(ours, "peak_bytes", ".1f", 1e6),
+                    number(eager, "peak_bytes", ".1f", 1e6),
+                )
             )
-        )
     header = ("case", "ours ms", "eager ms", "which", "ratio", "20 % to 80 %", "GB/s", "TFLOP/s", "roofline %")
     return markdown((*header, "eager's %", "peak MB", "eager's MB"), body)
 
@@ -254,7 +272,8 @@ against fp64. An operator's backward pass is timed without its forward pass: our
 `autocast-bf16`: fp32 parameters and residual stream, the branch in bf16; `pure-bf16`: all in bf16. Roofline: the time
 that the bytes which must move, or the operations of convolutions and matrix products, take at the rates measured above;
 what a provider recomputes or moves twice does not count. Saved: kept for the backward pass. Peak: growth of {memory}
-during a call."""
+during a call. A model's results are checked for the first 8 images of a batch, gradients included; a compiled model's
+logits only."""
 
 
 def page(result: Result, names: list[str]) -> str:
@@ -263,6 +282,10 @@ def page(result: Result, names: list[str]) -> str:
 
     lines = [f"# convnext_kernels on {result.facts['chip']}", "", facts_table(result), ""]
     lines += ["## Summary", "", summary_table(result), ""]
+    if result.facts["device"].startswith("cuda"):
+        from . import goals  # which reads results by this module
+
+        lines += ["## Goals", "", goals.table(result), ""]
     if models := result.of("test_model"):
         lines += ["## Models", "", *plot("throughput", "images a second"), providers_table(models), ""]
     if blocks := result.of("test_block"):
@@ -289,11 +312,11 @@ def page(result: Result, names: list[str]) -> str:
 # --- the files
 
 
-def write_report(path: Path, folder: Path, readme: Path | None) -> list[Path]:
+def write_report(paths: list[Path], folder: Path, readme: Path | None) -> list[Path]:
     """Writes report.md and the plots, and the README's section; returns the files."""
-    result = load(path)
+    result = load(*paths)
     if not result.rows:
-        raise ReportError(f"{path}: no benchmark in it was measured")
+        raise ReportError(f"{', '.join(map(str, paths))}: no benchmark in it was measured")
     if importlib.util.find_spec("matplotlib") is None:
         raise ReportError("the plots need matplotlib: pip install matplotlib")
     folder.mkdir(parents=True, exist_ok=True)
@@ -370,11 +393,11 @@ def main(arguments: list[str] | None = None) -> int:
             description=__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        parser.add_argument("result", type=Path, help="a file that --benchmark-json wrote")
+        parser.add_argument("results", type=Path, nargs="+", help="files that --benchmark-json wrote, read as one")
         parser.add_argument("--out", type=Path, required=True, help="folder for report.md and the plots")
         parser.add_argument("--readme", type=Path, help="file whose benchmark section to write anew")
         options = parser.parse_args(arguments)
-        for file in write_report(options.result, options.out, options.readme):
+        for file in write_report(options.results, options.out, options.readme):
             print(file)
     except ReportError as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)

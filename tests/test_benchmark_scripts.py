@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -112,7 +113,7 @@ def test_qualify_runs_every_part(qualify, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     install = f"9.0 -m pip install --verbose --no-build-isolation --no-deps {ROOT}"
     triton = " ".join(f"tests/{path.name}" for path in sorted((ROOT / "tests").glob("test_gpu_triton*")))
-    assert [call.split(" --json")[0].split(" --out")[0].strip() for call in calls] == [
+    assert [re.split(r" --(?:benchmark-)?json| --out", call)[0].strip() for call in calls] == [
         install,
         "-m convnext_kernels info",
         install,
@@ -124,21 +125,48 @@ def test_qualify_runs_every_part(qualify, tmp_path):
         install,
         "-m convnext_kernels tune --batch 128 --stages 96@56 192@28 384@14 768@7 128@56 256@28 512@14 1024@7",
         install,
-        "-m convnext_kernels bench --device cuda",
+        suite("operators"),
+        install,
+        suite("model"),
+        install,
+        suite("block"),
+        install,
+        f"-m benchmarks.counters --csv {tmp_path}/out/counters.csv",
         f"{ROOT}/benchmarks/baseline.py --part eager",
     ]
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "build.log", "test.log", "test-triton.log", "verify.log", "tune.log", "bench.log", "baseline.log"
-    }  # fmt: skip
+    parts = ("build", "test", "test-triton", "verify", "tune", "operators", "models", "blocks", "counters", "baseline")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{part}.log" for part in parts}
+
+
+def suite(name, providers="not compile and not autotune"):
+    """The call that measures one of the suite's files."""
+    options = f"--benchmark-only -q --device cuda -k {providers} --budget 440"
+    return f"-m pytest benchmarks/test_{name}.py {options}"
+
+
+def test_qualify_measures_what_compiles_apart(qualify, tmp_path):
+    done, calls = qualify("blocks-compile", "bench", tmp_path / "out")
+    assert done.returncode == 0, done.stdout + done.stderr
+    providers = "compile or autotune or ours] or eager] or timm]"
+    assert calls[1].strip() == f"{suite('block', providers)} --benchmark-json {tmp_path}/out/blocks-compile.json"
+    assert calls[3].strip() == f"-m convnext_kernels bench --device cuda --json {tmp_path}/out/bench.json"
+    # Together the two parts choose every provider.
+    command = [sys.executable, "-m", "pytest", "benchmarks/test_block.py", "--collect-only", "-q", "--device", "cpu"]
+    listed = [
+        set(re.findall(r"test_block\[.*", run(*command, "-k", chosen, cwd=ROOT).stdout))
+        for chosen in ("", "not compile and not autotune", providers)
+    ]
+    assert listed[0] == listed[1] | listed[2]
+    assert {name.rsplit("-", 1)[1] for name in listed[1] & listed[2]} == {"ours]", "eager]", "timm]"}
 
 
 def test_qualify_is_honest_about_failures(qualify, tmp_path):
     done, calls = qualify("all", tmp_path / "out", python=r'case "$*" in *-m\ pytest*) echo broken; exit 7;; esac')
     assert done.returncode == 1
     assert "=== test: FAILED with exit code 7" in done.stderr
-    assert "qualify.sh: failed: test test-triton\n" in done.stderr
+    assert "qualify.sh: failed: test test-triton operators models blocks\n" in done.stderr
     assert (tmp_path / "out" / "test.log").read_text() == "broken\n"
-    assert any("bench" in call for call in calls)  # the parts after it ran
+    assert any("baseline" in call for call in calls)  # the parts after it ran
     done, calls = qualify("verify", "bench", OUT=str(tmp_path / "out"), python='case "$*" in *pip*) exit 3;; esac')
     assert done.returncode == 1
     assert "qualify.sh: failed: verify bench" in done.stderr

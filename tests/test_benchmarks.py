@@ -19,13 +19,14 @@ import convnext_kernels  # first: the one that is installed, where there is one
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 try:
-    from benchmarks import blocks, cases, comparison, models, providers, report, timing
+    from benchmarks import blocks, cases, comparison, goals, models, providers, report, timing
 finally:
     sys.path.remove(str(ROOT))
 
 CPU = torch.device("cpu")
 CEILINGS = timing.Ceilings(1e11, {"torch.float32": 1e12, "torch.bfloat16": 2e12})
 SMALL = cases.OperatorCase("depthwise_conv2d", "backward", "v1", 16, 7, 2, "fp32")
+SMALL_BF16 = dataclasses.replace(SMALL, precision="pure-bf16")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -188,6 +189,43 @@ def test_an_error_is_the_providers_own():
     assert outcomes["honest"].samples
 
 
+@pytest.mark.parametrize(("kind", "skipped"), [("eager", True), ("ours", False)])
+def test_what_does_not_fit_into_memory_leaves_the_others_alone(kind, skipped):
+    def full(y):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nand much more")
+
+    forward = dataclasses.replace(SMALL, task="forward")
+    outcomes = compare(forward, [operator_provider("large", kind, full), HONEST])
+    large = outcomes["large"]
+    assert (large.skipped or str(large.error)) == "out of memory: CUDA out of memory."
+    assert (large.error is None) == skipped
+    assert outcomes["honest"].samples
+
+
+def test_the_versions_of_the_depthwise_convolution_are_forced_and_forgotten(monkeypatch):
+    seen = []
+
+    class Looks(comparison.CheckedRunner):
+        def run(self, call):
+            seen.append((os.environ.get(providers.InVersion.VARIABLE), convnext_kernels.backends.current()))
+
+        exact = eager = run
+
+    for before in (None, "auto"):
+        if before is None:
+            monkeypatch.delenv(providers.InVersion.VARIABLE, raising=False)
+        else:
+            monkeypatch.setenv(providers.InVersion.VARIABLE, before)
+        providers.InVersion(Looks(), "tensor").run(0)
+        assert os.environ.get(providers.InVersion.VARIABLE) == before
+    assert seen == [("tensor", "cuda")] * 2
+    names = [p.name for p in providers.OPERATOR_PROVIDERS if p.covers(SMALL_BF16, "cuda", False)]
+    assert {"ours-fma", "ours-tensor"} <= set(names)
+    assert not {"ours-fma", "ours-tensor"} & {
+        p.name for p in providers.OPERATOR_PROVIDERS if p.covers(SMALL_BF16, "cpu", False)
+    }
+
+
 @pytest.mark.parametrize("precision", cases.PRECISIONS)
 @pytest.mark.parametrize("version", ["v1", "v2"])
 @pytest.mark.parametrize(("task", "drop_path"), [("inference", 0.0), ("training", 0.0), ("training", 0.4)])
@@ -203,10 +241,35 @@ def test_every_block_provider_passes_the_check(version, task, drop_path, precisi
     assert {"ours", "eager", "eager-nchw", "timm"} <= set(checked)
 
 
-def test_model_providers_pass_the_check():
-    case = cases.ModelCase("convnext_atto", "training", 32, 2, "fp32")
+@pytest.mark.parametrize("batch", [2, models.CHECKED_IMAGES + 1])
+def test_model_providers_pass_the_check(batch):
+    case = cases.ModelCase("convnext_atto", "training", 32, batch, "fp32")
     for provider in (models.OURS, models.TIMM, models.TIMM_NCHW):
-        assert comparison.check(provider.build(case, CPU), case, provider.kind) < 1e-4
+        runner = provider.build(case, CPU)
+        assert comparison.check(runner, case, provider.kind) < 1e-4
+        assert len(runner.results()["logits"]) == min(batch, models.CHECKED_IMAGES)
+
+
+@pytest.mark.parametrize("task", ["inference", "training"])
+def test_a_compiled_model_sees_one_batch_only(task):
+    """As one that would compile again for another; a wrong one is refused all the same."""
+    case = cases.ModelCase("convnext_atto", task, 32, models.CHECKED_IMAGES + 1, "fp32")
+    for factor in (1.0, 1.01):
+
+        def execute(model, x, factor=factor):
+            def run(images):
+                assert images.shape == x.shape
+                return factor * model(images)
+
+            return run
+
+        runner = models.ModelRunner(case, CPU, execute=execute, compiled=True)
+        assert set(runner.results()) == {"logits"}
+        if factor == 1:
+            assert comparison.check(runner, case, "other") < 1e-4
+        else:
+            with pytest.raises(comparison.WrongResult):
+                comparison.check(runner, case, "other")
 
 
 # --- memory
@@ -406,6 +469,118 @@ def test_report_has_tables_and_plots(recorded, tmp_path):
     assert "(out/report.md)" in written
     assert written.startswith("before\n")
     assert written.endswith("after\n")
+
+
+def test_parts_of_the_suite_are_read_as_one(recorded, tmp_path):
+    content = json.loads(recorded.read_text())
+    benchmarks = content["benchmarks"]
+    again = json.loads(json.dumps(benchmarks[0]))
+    again["extra_info"]["seconds"]["median"] = 123.0
+    for name, part in (("a", benchmarks[:9]), ("b", [*benchmarks[9:], again])):
+        (tmp_path / name).write_text(json.dumps({**content, "benchmarks": part}))
+    whole, parts = report.load(recorded), report.load(tmp_path / "a", tmp_path / "b")
+    assert parts.rows[1:] == whole.rows[1:]
+    assert parts.rows[0]["seconds"]["median"] == 123.0
+    content["machine_info"]["convnext_kernels"]["chip"] = "another"
+    (tmp_path / "b").write_text(json.dumps(content))
+    with pytest.raises(report.ReportError, match=r"expected chip a chip as in .*, got another"):
+        report.load(tmp_path / "a", tmp_path / "b")
+
+
+# --- goals
+
+
+def measured(suite, provider, case, seconds=1.0, faster_than=(), **figures):
+    """A row as the harness records it."""
+    return {
+        "test": f"test_{suite[:-1]}",
+        "suite": suite,
+        "group": case.group,
+        "provider": provider,
+        "kind": "ours" if provider.startswith("ours") else "other",
+        "case": dataclasses.asdict(case),
+        "seconds": {"median": seconds},
+        "faster_than": {name: {"median": ratio} for name, ratio in faster_than},
+        **figures,
+    }
+
+
+def goal_lines(*rows):
+    facts = {"bandwidth_bytes_a_second": 4e12, "matrix_operations_a_second": {"torch.bfloat16": 8e14}}
+    return {line.goal: line for line in goals.lines(report.Result("", "", facts, list(rows)))}
+
+
+def test_goals_that_were_not_measured_are_said_to_be():
+    lines = goal_lines()
+    assert len(lines) > 30
+    assert all(line.got is None and line.met is None for line in lines.values())
+
+
+def test_goals_of_models():
+    case = cases.ModelCase("convnext_large", "training", 224, 128, "pure-bf16")
+    against = [("timm", 2.5), ("compile", 1.4), ("ours-cuda", 0.5)]
+    rows = [
+        measured("models", "ours", case, 0.07, against, images_a_second=1828.6, peak_bytes=30e9),
+        measured("models", "timm", case, 0.2, images_a_second=640, peak_bytes=96e9),
+    ]
+    lines = goal_lines(*rows)
+    name = "convnext_large, batch 128, pure-bf16"
+    training = lines[f"{name}: training"]
+    assert (training.bound, training.got, training.met) == (1.5, 1.4, False)
+    assert training.note == "than compile; measured: compile, timm"
+    assert lines[f"{name}: training throughput"].got == 1828.6
+    assert lines[f"{name}: training throughput"].met
+    assert lines[f"{name}: peak memory of training"].met
+    assert lines[f"{name}: inference"].got is None
+    v1, v2 = (
+        cases.ModelCase(model, "inference", 224, 256, "autocast-bf16") for model in ("convnext_base", "convnextv2_base")
+    )
+    rows = [measured("models", "ours", case, images_a_second=rate) for case, rate in ((v1, 4000), (v2, 3700))]
+    line = goal_lines(*rows)["convnextv2_base, batch 256, autocast-bf16: inference throughput"]
+    assert line.got == pytest.approx(0.925)
+    assert line.met is False
+
+
+def test_goals_of_operators():
+    convolution = cases.OperatorCase("depthwise_conv2d", "forward", "v1", 96, 56, 128, "pure-bf16")
+    norm = dataclasses.replace(convolution, operator="layer_norm")
+    mlp = dataclasses.replace(convolution, operator="layer_norm_mlp", channels=384, side=14)
+    lines = goal_lines(
+        measured("operators", "ours-fma", convolution, 74e-6),
+        measured("operators", "ours-tensor", convolution, 46e-6),
+        measured("operators", "ours", norm, gigabytes_a_second=3500.0),
+        measured("operators", "ours", mlp, teraflops=600.0),
+    )
+    assert lines["depthwise_conv2d forward, 128 x 96@56, ours-fma"].met
+    assert lines["depthwise_conv2d forward, 128 x 96@56, ours-tensor"].met is False
+    assert lines["layer_norm forward, 128 x 96@56"].got == pytest.approx(87.5)
+    assert lines["layer_norm_mlp forward, 128 x 384@14"].got == pytest.approx(75)
+    assert lines["layer_norm_mlp forward, 128 x 384@14"].met is False
+
+
+def test_goals_are_cases_of_a_gpu():
+    """What the goals look for is what the harness measures there."""
+    measured_models = {(c.model, c.batch, c.task, c.precision) for c in cases.model_cases("cuda", False)}
+    for model, batch in cases.GOAL_MODELS:
+        assert model in goals.MODEL_GOALS
+        for precision in goals.PRECISIONS:
+            assert {(model, batch, task, precision) for task in ("training", "inference")} <= measured_models
+    operators = {
+        (c.operator, c.task, c.channels, c.side, c.batch, c.precision) for c in cases.operator_cases("cuda", False)
+    }
+    assert ("depthwise_conv2d", "forward", 96, 56, 128, "pure-bf16") in operators
+    assert ("layer_norm_mlp", "forward", 768, 7, 128, "pure-bf16") in operators
+
+
+def test_goals_of_a_result_of_a_cpu_are_not_measured(recorded, capsys):
+    content = json.loads(recorded.read_text())
+    content["machine_info"]["convnext_kernels"]["matrix_operations_a_second"] |= {"torch.bfloat16": 1e12}
+    path = recorded.with_name("goals.json")
+    path.write_text(json.dumps(content))
+    assert goals.main([str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "convnext_tiny, batch 256, autocast-bf16: training | 2.5 x | not measured" in out
+    assert goals.main([str(path.with_name("absent.json"))]) == 2
 
 
 def changed(path, factor, target):
