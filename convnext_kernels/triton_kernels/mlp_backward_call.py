@@ -305,6 +305,8 @@ class MlpBackward:
 
     def grn(self, chunk: _Chunk) -> None:
         images = chunk.rows // self.rows_per_sample
+        part_rows, block_k = self.hidden_tiles["BLOCK_M"], launch.next_power_of_2(self.hidden)
+        parts = launch.tiles_of(self.rows_per_sample, part_rows) + 1  # of an image that begins within a tile
         launch.run(
             grn_factors_kernel,
             (images,),
@@ -320,8 +322,9 @@ class MlpBackward:
             *self.place(chunk),
             K=self.hidden,
             EPS=GRN_EPS,
-            PART_ROWS=self.hidden_tiles["BLOCK_M"],
-            BLOCK_K=launch.next_power_of_2(self.hidden),
+            PART_ROWS=part_rows,
+            PARTS=max(1, min(launch.next_power_of_2(parts), 4096 // block_k)),
+            BLOCK_K=block_k,
             num_warps=8,
         )
         if not self.fc2_sums and not self.grad_hidden:

@@ -142,7 +142,7 @@ def prepare_kernel(
 def grn_factors_kernel(
     square_parts, product_parts, grad_parts, grn_weight, live_count, factors, feedback, weight_sums, bias_sums, first,
     rows, rows_per_sample, accumulate, K: tl.constexpr, EPS: tl.constexpr, PART_ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One image: factors = 1 + weight * N and feedback = dG / G, (images, K), from the parts of its rows, PART_ROWS of
     them in a tile; part t + i is image i's in tile t. weight_sums, bias_sums (images, K) (+)= N * sum dg g, sum dg.
@@ -166,12 +166,14 @@ def grn_factors_kernel(
     grads = tl.zeros((BLOCK_K,), tl.float32)
     first_tile = image * rows_per_sample // PART_ROWS
     last_tile = ((image + 1) * rows_per_sample - 1) // PART_ROWS
-    for tile in range(first_tile, last_tile + 1):
-        part = (tile + image).to(tl.int64) * K + column
-        squares += tl.load(square_parts + part, mask=mask, other=0.0)
+    for tile in range(first_tile, last_tile + 1, PARTS):  # each turn waits for memory: PARTS tiles in one
+        tiles = tile + tl.arange(0, PARTS)
+        part = (tiles + image).to(tl.int64)[:, None] * K + column[None, :]
+        inside = (tiles <= last_tile)[:, None] & mask[None, :]
+        squares += tl.sum(tl.load(square_parts + part, mask=inside, other=0.0), 0)
         if product_parts is not None:
-            products += tl.load(product_parts + part, mask=mask, other=0.0)
-            grads += tl.load(grad_parts + part, mask=mask, other=0.0)
+            products += tl.sum(tl.load(product_parts + part, mask=inside, other=0.0), 0)
+            grads += tl.sum(tl.load(grad_parts + part, mask=inside, other=0.0), 0)
     weight = tl.load(grn_weight + column, mask=mask, other=0.0).to(tl.float32)
     norm = tl.sqrt_rn(squares)
     denominator = tl.sum(norm, 0) * (1.0 / K) + EPS

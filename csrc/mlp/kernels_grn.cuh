@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kGrnFactorsThreads)
   A norm_sum = 0, gradient_sum = 0;
   for (int64_t k = threadIdx.x; k < columns; k += kGrnFactorsThreads) {
     A square = 0, product = 0;
-#pragma unroll 4
+#pragma unroll 8  // so many loads in flight: at batch 1 nothing else hides them
     for (int part = 0; part < params.parts; ++part) {
       square += squares[part * columns + k];
       if constexpr (kBackward) product += products[part * columns + k];
