@@ -56,7 +56,7 @@ def check_shape(operator: str, argument: str, value: Tensor | None, shape: tuple
     if value is None:
         return
     check_tensor(operator, argument, value)
-    if tuple(value.shape) != tuple(shape):
+    if value.shape != shape:
         wrong_value(operator, argument, f"shape {tuple(shape)}", f"shape {tuple(value.shape)}")
 
 
