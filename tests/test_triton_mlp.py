@@ -9,9 +9,8 @@ import torch
 pytest.importorskip("triton")
 
 import triton_tools
-from benchmarks import triton_cubins
 from convnext_kernels import triton_kernels
-from convnext_kernels.triton_kernels import config, launch
+from convnext_kernels.triton_kernels import config, launch, offline
 from convnext_kernels.triton_kernels.mlp_forward import layer_norm_mlp
 
 PRODUCTS = {"fused_kernel", "squares_kernel", "fc1_kernel", "fc2_kernel"}
@@ -83,7 +82,7 @@ def check_compiled(case, capability):
     names = [each.kernel.__name__ for each in recorded]
     assert ("fused_kernel" in names) == case.startswith("fused") and ("fc2_kernel" in names) == case.startswith("two")
     # Chunks launch the same kernels again.
-    for each in {repr((e.kernel, triton_cubins.specialised(e), e.constants)): e for e in recorded}.values():
+    for each in {repr((e.kernel, offline.specialised(e, capability), e.constants)): e for e in recorded}.values():
         code = triton_tools.compile_launch(each, capability)
         what = f"{case}, sm_{capability}, {code.name}, {each.constants}"
         assert code.stack == 0, f"{what}: {code.stack} bytes of stack, {code.registers} registers"
@@ -112,7 +111,7 @@ def test_no_new_code_for_another_batch_size():
         seen = set()
         for samples in (2, 3, 16, 17, 33):
             for each in launches(chip, dtype=torch.bfloat16, shape=(samples, 14, 14), **options):
-                seen.add((each.kernel.__name__, repr(triton_cubins.specialised(each)[:2]), repr(each.constants)))
+                seen.add((each.kernel.__name__, repr(offline.specialised(each, 90)[:2]), repr(each.constants)))
         kernels = {name for name, *_ in seen}
         by_kernel = {name: [each for each in seen if each[0] == name] for name in kernels}
         assert all(len(each) == 1 for each in by_kernel.values()), by_kernel

@@ -11,6 +11,7 @@ from convnext_kernels.__main__ import main
 from convnext_kernels.cli import tune
 from convnext_kernels.triton_kernels import config
 from convnext_kernels.triton_kernels.config import Config
+from convnext_kernels.triton_kernels.launch import chip_of_architecture
 
 CPU = torch.device("cpu")
 
@@ -106,6 +107,46 @@ def test_forms_are_compared_at_their_best(declare):
         return (machine.result(),)
 
     assert best_of(tune.Tuner(machine.time).tune(run)) == {"form": 2, "fused": 32, "product": 32}
+
+
+def test_everything_that_tuning_launches_is_compiled_ahead(declare):
+    """Every candidate of every kernel, those of kernels that only another's choice brings in too; no known ones."""
+    one, two = sized(1, 2)
+    slow, fast = sized(16, 32)
+    kernels = {"form": dict.fromkeys((one, two)), "fused": dict.fromkeys((slow, fast)), "product": {slow: 0}}
+    machine = declare(kernels)
+    launched = set()
+
+    def run():
+        first = machine.launch("form")
+        name = "fused" if first == one else "product"
+        launched.update({("form", first), (name, machine.launch(name))})
+        return (machine.result(),)
+
+    found = tune.variants(run)
+    launched.clear()
+    for overrides in found:
+        with tune._overridden(overrides):
+            run()
+    assert launched == {(kernel, chosen) for kernel, candidates in kernels.items() for chosen in candidates}
+    problem = config.problem_of(channels=96, hidden=0, dtype=torch.bfloat16, rows=100, device=CPU)
+    assert not any("fused" in overrides for overrides in tune.variants(run, {("fused", problem)}))
+    machine.seconds = {kernel: dict.fromkeys(candidates, 1.0) for kernel, candidates in kernels.items()}
+    tuner = tune.Tuner(machine.time)
+    tuner.tune(run)
+    assert {pair for timed in machine.timed for pair in timed.items()} == launched
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_compiling_processes(jobs, monkeypatch, tmp_path):
+    """They leave their work in Triton's cache on disk; what the compiler refuses is left to tuning."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    work = next(w for w in tune.workloads([(24, 3)], [2], [torch.bfloat16]) if w.operator == "layer_norm")
+    with tune.Compilers(jobs, chip_of_architecture(90)) as compilers:
+        compilers.compile(work, ())
+    kernels = list(tmp_path.rglob("*.cubin"))
+    assert bool(kernels) == (jobs == 2)
+    assert all("_forward_kernel" in path.name for path in kernels)
 
 
 def test_candidates_that_fail_or_differ_are_passed_over_and_named(declare):

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
+import multiprocessing
+import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +22,7 @@ from torch import Tensor
 from .. import backends
 from .terminal import Progress, device_argument, table
 
-__all__ = ["Tuner", "add_parser"]
+__all__ = ["Compilers", "Tuner", "add_parser", "variants"]
 
 #: Channels and side of the stages of ConvNeXt-T, -B, -L and -XL at 224 px.
 STAGES = (
@@ -194,12 +199,126 @@ class Tuner:
     @contextlib.contextmanager
     def _at_their_best(self) -> Iterator[None]:
         """The other kernels run with what was found for them; the one being tuned is overridden already."""
-        from ..triton_kernels import config
-
-        with contextlib.ExitStack() as stack:
-            for kernel, best in self._best.items():
-                stack.enter_context(config.override(kernel, best))
+        with _overridden(self._best):
             yield
+
+
+# --- compiling ahead
+
+
+def variants(run: Callable[[], Any], known: Collection[Any] = ()) -> list[dict[str, Any]]:
+    """What tuning `run` compiles: kernel -> Config, of every candidate of every kernel it may launch, one by one.
+
+    Where a kernel's choice decides which others are launched, their variants have it too. `known`: pairs of kernel and
+    problem that are not tuned again.
+    """
+    from ..triton_kernels import config
+
+    found: list[dict[str, Any]] = [{}]
+    seen: set[str] = set()
+    for overrides in found:  # which grows meanwhile
+        with _overridden(overrides), config.watched() as asked:
+            run()
+        for kernel, problem in asked.items():
+            if kernel not in seen:
+                seen.add(kernel)
+                if (kernel, problem) not in known:
+                    found += [{**overrides, kernel: candidate} for candidate in config.candidates(kernel, problem)]
+    return found
+
+
+@contextlib.contextmanager
+def _overridden(overrides: dict[str, Any]) -> Iterator[None]:
+    from ..triton_kernels import config
+
+    with contextlib.ExitStack() as stack:
+        for kernel, chosen in overrides.items():
+            stack.enter_context(config.override(kernel, chosen))
+        yield
+
+
+class Compilers:
+    """Processes that compile what tuning is going to launch, into Triton's cache on disk: a compiler uses one core.
+
+    Args:
+        jobs: how many; with 1 there are none, and tuning compiles as it goes.
+        chip: triton_kernels.launch.Chip of the GPU.
+    """
+
+    def __init__(self, jobs: int, chip: Any, announce: Callable[[str], None] = lambda what: None) -> None:
+        self._chip, self._announce = chip, announce
+        # Not forked: CUDA is running in this process.
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(jobs, mp_context=context) if jobs > 1 else None
+
+    def __enter__(self) -> Compilers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def compile(self, workload: Workload, known: Collection[Any]) -> None:
+        """Everything that tuning the workload launches, before it returns. What does not compile is left to tuning."""
+        if self._pool is None:
+            return
+        from ..triton_kernels import launch
+
+        with launch.recorded(self._chip):
+            wanted = variants(_call_on_meta(workload), known)
+        self._announce(f"compiling {len(wanted)} variants")
+        jobs = [
+            self._pool.submit(
+                _compile_variant,
+                workload,
+                [(kernel, dict(c.blocks), c.num_warps, c.num_stages) for kernel, c in overrides.items()],
+                self._chip,
+            )
+            for overrides in wanted
+        ]
+        try:
+            for job in jobs:
+                job.result()
+        except BrokenProcessPool:
+            # The compiler itself crashed. Alone, and announced, a candidate says which one it is.
+            print("\nconvnext-kernels tune: a compiling process ended; compiling one by one from here", file=sys.stderr)
+            self._pool = None
+
+
+def _call_on_meta(workload: Workload) -> Callable[[], Any]:
+    from .. import triton_kernels
+
+    arguments = arguments_of(workload, torch.device("meta"))
+    return functools.partial(triton_kernels.implementation(workload.operator), *arguments)
+
+
+def _compile_variant(workload: Workload, overrides: list[tuple[str, dict[str, int], int, int]], chip: Any) -> None:
+    """In a process of its own."""
+    from ..triton_kernels import config, launch, offline
+
+    chosen = {kernel: config.Config(blocks, warps, stages) for kernel, blocks, warps, stages in overrides}
+    run = _call_on_meta(workload)
+    with _overridden(chosen), launch.recorded(chip) as launches:
+        run()
+    for each in launches:
+        key = repr((each.kernel.__name__, offline.specialised(each, chip.capability)))
+        if key not in _compiled:
+            _compiled.add(key)
+            with contextlib.suppress(*_compiler_errors()):  # tuning meets it again, and lists it
+                offline.compile_launch(each, chip.capability)
+
+
+_compiled: set[str] = set()
+
+
+def _compiler_errors() -> tuple[type[Exception], ...]:
+    """What the compiler gives up on, and what a chip cannot hold."""
+    import triton
+
+    return triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError, triton.compiler.CompilationError
+
+
+# --- the command
 
 
 def _stage_argument(text: str) -> tuple[int, int]:
@@ -231,6 +350,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--stages", nargs="+", type=_stage_argument, metavar="C@SIZE", help="default: those of T to XL")
     parser.add_argument("--batch", nargs="+", type=_count_argument, default=list(BATCHES), help="default: 1 8 128")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"], help="default: bf16")
+    parser.add_argument(
+        "--jobs",
+        type=_count_argument,
+        default=min(16, os.cpu_count() or 1),
+        help="processes that compile (default: %(default)s)",
+    )
     parser.set_defaults(run=_run)
 
 
@@ -248,7 +373,7 @@ def _run(options: argparse.Namespace) -> int:
     import triton
 
     from .. import triton_kernels
-    from ..triton_kernels import config
+    from ..triton_kernels import config, launch
 
     def time(run: Callable[[], Any]) -> float:
         return triton.testing.do_bench(run, warmup=5, rep=30, return_mode="median") * 1e-3
@@ -256,14 +381,18 @@ def _run(options: argparse.Namespace) -> int:
     name = config.chip_name(device)
     stages = options.stages or [_stage_argument(text) for text in STAGES]
     todo = workloads(stages, options.batch, [DTYPES[dtype] for dtype in options.dtype])
-    # What the chip cannot hold, and what the compiler gives up on.
-    errors = (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError, triton.compiler.CompilationError)
     found: dict[Any, Any] = {}
     refused: list[str] = []
-    with torch.cuda.device(device), Progress(len(todo)) as progress:
+    chip = launch.chip_of(torch.empty((), device=device))
+    with (
+        torch.cuda.device(device),
+        Progress(len(todo)) as progress,
+        Compilers(options.jobs, chip, progress.note) as pool,
+    ):
         for workload in todo:
             progress.step(str(workload))
-            tuner = Tuner(time, errors, _TOLERANCES[workload.dtype], progress.note)
+            pool.compile(workload, found)
+            tuner = Tuner(time, _compiler_errors(), _TOLERANCES[workload.dtype], progress.note)
             arguments = arguments_of(workload, device)
             implementation = triton_kernels.implementation(workload.operator)
 

@@ -2,7 +2,7 @@
 
 tests/test_triton_launches.py builds libcuda.cpp and runs this file in a process where that is the CUDA driver. CPU
 tensors stand for a GPU's. Nothing is executed: what is checked is that every launch is accepted, is what the compile
-gates compile (benchmarks/triton_cubins.py), goes to the current stream, and is compiled once for all batch sizes.
+gates compile (triton_kernels/offline.py), goes to the current stream, and is compiled once for all batch sizes.
 """
 
 import ctypes
@@ -14,14 +14,15 @@ import triton
 from triton.backends.nvidia.driver import CudaDriver
 
 import convnext_kernels as ck
-from benchmarks import triton_cubins
 from convnext_kernels import native, triton_kernels
-from convnext_kernels.triton_kernels import config, launch
+from convnext_kernels.cli import tune
+from convnext_kernels.triton_kernels import config, launch, offline
 
 # Before Triton looks for a driver; by its name the loader finds it again.
 STUB = ctypes.CDLL(os.environ["CUDA_STUB"], mode=ctypes.RTLD_GLOBAL)
 CAPABILITY = int(os.environ.get("CUDA_STUB_CAPABILITY", "90"))
 CHIP = launch.chip_of_architecture(CAPABILITY)
+RUN, CHIP_OF, WHY_NOT_DEVICE = launch.run, launch.chip_of, launch.why_not_device
 STREAM = 0x5EAF00
 
 
@@ -72,13 +73,9 @@ def on_the_chip(monkeypatch):
         if 0 in grid:
             return
         compiled = kernel[grid](*arguments, **constants)
-        expected = triton_cubins.specialised(launch.Launch(kernel, grid, arguments, constants))
+        expected = offline.specialised(launch.Launch(kernel, grid, arguments, constants), CAPABILITY)
         source = compiled.src
-        attributes = {key: value for key, value in source.attrs.items() if value}
-        got = dict(source.signature), {key[0]: value for key, value in source.constants.items()}, attributes
-        constant = {kernel.arg_names.index(name): value for name, value in expected[1].items()}
-        if all(t.data_ptr() % 16 == 0 for t in arguments if isinstance(t, torch.Tensor)):
-            assert got == (expected[0], constant, expected[2]), kernel.__name__
+        assert (dict(source.signature), dict(source.constants), dict(source.attrs)) == expected[:3], kernel.__name__
         by_triton = last_launch()
         for _ in range(2):
             launch._launch(kernel, grid, arguments, constants)
@@ -196,6 +193,24 @@ def test_single_operators():
                 torch.autograd.grad(result, x, torch.zeros_like(result), retain_graph=True)
     assert watch.names() >= {"_convolution_kernel", "_gather_kernel"}
     assert len(watch.names()) >= 5 and {record.stream for record in watch.records()} == {STREAM}
+
+
+@pytest.mark.parametrize("operator", ["layer_norm_mlp_backward", "layer_norm_mlp", "depthwise_conv2d"])
+def test_what_tuning_compiles_ahead_is_what_is_launched(operator, tmp_path, monkeypatch):
+    """The launches find it in Triton's cache on disk: nothing is added to it."""
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setattr(tune, "_compiled", set())
+    work = next(w for w in tune.workloads([(56, 7)], [2], [torch.bfloat16]) if w.operator == operator)
+    with monkeypatch.context() as recording:
+        recording.setattr(launch, "run", RUN)
+        recording.setattr(launch, "chip_of", CHIP_OF)
+        recording.setattr(launch, "why_not_device", WHY_NOT_DEVICE)
+        tune._compile_variant(work, [], CHIP)
+    ahead = set(tmp_path.rglob("*.cubin"))
+    watch = Watch()
+    triton_kernels.implementation(operator)(*tune.arguments_of(work, torch.device("cpu")))
+    assert watch.new_modules() > 0
+    assert set(tmp_path.rglob("*.cubin")) == ahead
 
 
 def test_the_driver_is_asked_for_its_version():
