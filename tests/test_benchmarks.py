@@ -19,7 +19,7 @@ import convnext_kernels  # first: the one that is installed, where there is one
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 try:
-    from benchmarks import blocks, cases, comparison, goals, models, providers, report, timing
+    from benchmarks import blocks, cases, comparison, floors, goals, models, providers, report, timing
 finally:
     sys.path.remove(str(ROOT))
 
@@ -485,6 +485,43 @@ def test_parts_of_the_suite_are_read_as_one(recorded, tmp_path):
     (tmp_path / "b").write_text(json.dumps(content))
     with pytest.raises(report.ReportError, match=r"expected chip a chip as in .*, got another"):
         report.load(tmp_path / "a", tmp_path / "b")
+
+
+# --- floors
+
+
+def test_floors():
+    chip = floors.Chip(bandwidth=1e12, matrix=1e15, lanes=1000, clock=1e9)
+    convolution = cases.OperatorCase("depthwise_conv2d", "forward", "v1", 96, 56, 128, "pure-bf16")
+    assert floors.floor_of(convolution, chip) == (convolution.work().bytes / 1e12, 0, 0)
+    mlp = dataclasses.replace(convolution, operator="layer_norm_mlp", task="backward")
+    floor = floors.floor_of(mlp, chip)
+    assert floor.matrix == pytest.approx(mlp.work().operations / 1e15)
+    assert floor.gelu == pytest.approx(4 * mlp.elements * floors.INSTRUCTIONS["backward"] / 1e12)
+    assert floor.seconds == floor.gelu == max(floor)
+    gelu = dataclasses.replace(convolution, operator="bias_gelu")
+    assert floors.floor_of(gelu, chip).gelu == pytest.approx(gelu.elements * floors.INSTRUCTIONS["forward"] / 1e12)
+
+
+def test_the_table_of_floors(capsys):
+    assert floors.main(["--bandwidth", "4.8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    # 154.2 MB at 4.8 TB/s.
+    assert "| depthwise_conv2d forward 96@56 batch 128 | 154.2 | 32.1 |  |  | 32.1 |" in lines
+    assert len(lines) == 2 + sum(case.precision == "pure-bf16" for case in cases.operator_cases("cuda", False))
+    with pytest.raises(SystemExit):
+        floors.main(["--clock", "0"])
+
+
+def test_the_notes_quote_the_floors():
+    notes = (ROOT / "benchmarks" / "NOTES.md").read_text()
+    for operator, task in (("depthwise_conv2d", "forward"), ("layer_norm", "backward"), ("layer_norm_mlp", "forward")):
+        stages = [
+            floors.floor_of(cases.OperatorCase(operator, task, "v1", channels, side, 128, "pure-bf16"), floors.Chip())
+            for channels, side in cases.TINY_STAGES
+        ]
+        row = " | ".join(f"{floor.seconds * 1e6:.1f}" for floor in stages)
+        assert re.search(rf"{operator} {task}.* \| {re.escape(row)} \|", notes), row
 
 
 # --- goals
