@@ -4,12 +4,15 @@ The rule of tests/numerics.py against autograd in fp64, with PyTorch in the same
 reference's. The interpreter is slow, and wrong in bf16: fewer and smaller cases there.
 """
 
+import contextlib
+
 import pytest
 import torch
 
 import test_mlp_cpu
+import triton_tools
 from convnext_kernels import reference_backend
-from convnext_kernels.triton_kernels import launch
+from convnext_kernels.triton_kernels import config, launch
 from convnext_kernels.triton_kernels.launch import INTERPRETED
 from convnext_kernels.triton_kernels.mlp_backward import layer_norm_mlp_backward
 from test_mlp_cpu import EVERYTHING, NAMES
@@ -78,6 +81,30 @@ def test_variants(mode, grn, approximate, drop, keep_hidden):
     Case(mode, shape, grn, drop).check(approximate, keep_hidden)
 
 
+@pytest.mark.parametrize("keep_hidden", [False, True], ids=["recompute", "kept"])
+@pytest.mark.parametrize("drop", [False, True], ids=["whole", "drop"])
+@pytest.mark.parametrize("channels", [24, 96, 256])
+@pytest.mark.parametrize("fused", [0, 1], ids=["two kernels", "whole rows"])
+def test_forms(fused, channels, drop, keep_hidden, launches):
+    """dz in the kernel that makes dh, and in the one after it: several tiles of rows, the last not whole."""
+    case = Case(MODES[-1], (5, 7, 11, channels), False, drop, hidden=hidden_of(channels))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(config.override("mlp_backward_form", config.Config({"FUSED": fused})))
+        if INTERPRETED:
+            stack.enter_context(config.override("mlp_backward_rows", config.Config({"BLOCK_M": 64, "BLOCK_K": 32})))
+            stack.enter_context(triton_tools.bounds_checked())
+        case.check("none", keep_hidden)
+        assert ("row_gradients_kernel" in launches) == bool(fused)
+        assert ("norm_gradient_kernel" in launches) != bool(fused)
+        launches.clear()
+        # Chunks of some 130 rows, of which the last is short; and dz alone, for which dh has no buffer.
+        case.workspace = 160 * 3 * (2 * channels + 2 * hidden_of(channels)) * 2
+        case.check("none", keep_hidden)
+        assert launches.count("row_gradients_kernel" if fused else "hidden_gradients_kernel") > 1
+        both = case.run(keep_hidden=keep_hidden)[-1][0], case.run(keep_hidden=keep_hidden, mask=1)[-1][0]
+        assert torch.equal(*both)
+
+
 @pytest.mark.parametrize("channels, shape", [(40, (2, 9, 17)), (24, (2, 16, 20)), (264, (2, 5, 5)), (8, (37,))])
 def test_grn_of_small_and_large_images(channels, shape):
     """Images of several tiles and several segments, and of one position."""
@@ -92,7 +119,8 @@ def test_several_chunks(mode, grn, drop, launches):
     case = Case(mode, (6, 10, 13, 32), grn, drop, hidden=64)
     case.workspace = 100_000
     case.check()
-    assert launches.count("hidden_gradients_kernel") >= (6 if grn else 2)
+    kernels = "hidden_gradients_kernel", "row_gradients_kernel"
+    assert sum(map(launches.count, kernels)) >= (6 if grn else 2)
 
 
 def test_several_splits_of_the_rows(monkeypatch, launches):

@@ -9,9 +9,13 @@ pytest.importorskip("triton")
 from convnext_kernels import triton_kernels
 from convnext_kernels.triton_kernels import config, launch
 from convnext_kernels.triton_kernels.mlp_backward import WORKSPACE_BYTES, layer_norm_mlp_backward
+from convnext_kernels.triton_kernels.mlp_backward_config import MOST_ROW_COLUMNS
 from triton_tools import compile_launch, in_interpreter
 
-PRODUCTS = ("hidden_gradients_kernel", "weight_gradient_kernel", "norm_gradient_kernel", "input_gradient_kernel")
+PRODUCTS = (
+    *("hidden_gradients_kernel", "weight_gradient_kernel", "norm_gradient_kernel", "input_gradient_kernel"),
+    "row_gradients_kernel",
+)
 EVERYTHING = (1 << 10) - 1
 
 
@@ -72,8 +76,26 @@ def check_machine_code(capability, given):
 @pytest.mark.parametrize("channels, size", [(40, 14), (96, 56), (128, 14), (192, 28), (256, 14), (384, 14), (768, 7)])
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_machine_code(capability, channels, size):
-    names = check_machine_code(capability, arguments((128, size, size, channels), torch.bfloat16, drop=True))
-    assert names == set(PRODUCTS[:2]) | {"norm_gradient_kernel" if channels <= 256 else "input_gradient_kernel"}
+    given = arguments((128, size, size, channels), torch.bfloat16, drop=True)
+    names = check_machine_code(capability, given)
+    in_two = {"hidden_gradients_kernel", "norm_gradient_kernel" if channels <= 256 else "input_gradient_kernel"}
+    assert names == {"weight_gradient_kernel"} | ({"row_gradients_kernel"} if channels <= 128 else in_two)
+    if channels <= 128:
+        with config.override("mlp_backward_form", config.Config({"FUSED": 0})):
+            assert check_machine_code(capability, given) == {"weight_gradient_kernel"} | in_two
+
+
+@pytest.mark.parametrize("channels", [40, 96, 128])
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_machine_code_of_whole_rows(capability, channels):
+    """The kernel that makes dz with dh, in its other forms."""
+    for dtype, options in [
+        (torch.bfloat16, dict(kept=True)),
+        (torch.float16, dict(drop=True, approximate="tanh")),
+        (torch.bfloat16, dict(autocast=False)),
+    ]:
+        names = check_machine_code(capability, arguments((32, 28, 28, channels), dtype, **options))
+        assert "row_gradients_kernel" in names
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -131,14 +153,14 @@ def test_rows_are_covered_once():
         launches, _ = launches_of(90, arguments(shape, torch.bfloat16, grn), workspace_bytes=8 << 20)
         rows, rows_per_sample, first = shape[0] * shape[1] * shape[2], shape[1] * shape[2], 0
         for one in launches:
-            if one.kernel.__name__ != "hidden_gradients_kernel":
+            if one.kernel.__name__ not in ("hidden_gradients_kernel", "row_gradients_kernel"):
                 continue
             begin, count = one.arguments[-4:-2]
             assert begin == first and count > 0
             assert not grn or count % rows_per_sample == 0
             blocks = one.constants
-            tiles = -(-count // blocks["BLOCK_M"]) * -(-4 * shape[3] // blocks["BLOCK_N"])
-            assert one.grid == (tiles,)
+            columns = 1 if one.kernel.__name__ == "row_gradients_kernel" else -(-4 * shape[3] // blocks["BLOCK_N"])
+            assert one.grid == (-(-count // blocks["BLOCK_M"]) * columns,)
             first += count
         assert first == rows
 
@@ -150,7 +172,9 @@ def test_candidates_have_the_kernels_blocks():
             for channels in (40, 96, 384, 768):
                 problem = config.Problem(channels, 4 * channels, torch.bfloat16, 65536, chip)
                 candidates = config.candidates(kernel, problem)
-                assert len(candidates) == len(set(candidates)) > 1
+                # Rows of many channels do not fit the registers of the kernel for whole rows.
+                only_form = kernel == "mlp_backward_form" and channels > MOST_ROW_COLUMNS
+                assert len(candidates) == len(set(candidates)) and (len(candidates) > 1) != only_form
                 assert len({tuple(sorted(candidate.blocks)) for candidate in candidates}) == 1, kernel
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..reference import GRN_EPS
 from . import config, launch
-from .mlp_backward_config import weight_splits
+from .mlp_backward_config import MOST_ROW_COLUMNS, weight_splits
 from .mlp_backward_passes import (
     column_sums_kernel,
     fc1_gradients_kernel,
@@ -25,6 +25,7 @@ from .mlp_backward_products import (
     hidden_gradients_kernel,
     input_gradient_kernel,
     norm_gradient_kernel,
+    row_gradients_kernel,
     weight_gradient_kernel,
 )
 
@@ -34,9 +35,6 @@ __all__ = ["MlpBackward"]
 _Z, _NORM_WEIGHT, _NORM_BIAS, _FC1_WEIGHT, _FC1_BIAS, _GRN_WEIGHT, _GRN_BIAS, _FC2_WEIGHT, _FC2_BIAS, _LAYER_SCALE = (
     range(10)
 )
-
-#: The most columns that the product with LayerNorm's backward in its epilogue holds.
-_MOST_NORM_COLUMNS = 256
 
 _ACTIVATION_ROWS, _ACTIVATION_COLUMNS = 16, 128  # a step of GRN's second pass
 _SEGMENT_ROWS = 256  # of an image, for a program of it
@@ -152,12 +150,17 @@ class MlpBackward:
         """Chooses the tiles, allocates the buffers and parts, and returns the chunks that the buffers hold."""
         c, k, grn = self.channels, self.hidden, self.grn_weight is not None
         form = "_grn" if grn else "_kept" if self.kept is not None else ""
-        self.hidden_tiles = self.config("mlp_backward_hidden" + form)
         self.weight_tiles = self.config("mlp_backward_weight")
-        pieces = launch.column_pieces(c)
-        self.fused_norm = sum(pieces) <= _MOST_NORM_COLUMNS
-        self.norm_pieces = pieces
-        if self.fused_norm:
+        self.norm_pieces = launch.column_pieces(c)
+        self.fused_norm = sum(self.norm_pieces) <= MOST_ROW_COLUMNS
+        # dz where dh is made; GRN's dh needs the sums over the image first.
+        self.fused_rows = (
+            self.wanted[_Z] and not grn and self.fused_norm and bool(self.config("mlp_backward_form")["FUSED"])
+        )
+        self.hidden_tiles = self.config("mlp_backward_rows" if self.fused_rows else "mlp_backward_hidden" + form)
+        if self.fused_rows:
+            self.norm_tiles = self.hidden_tiles
+        elif self.fused_norm:
             self.norm_tiles = self.config("mlp_backward_norm")
         else:
             self.norm_tiles = {"BLOCK_M": max(1, 4096 // launch.next_power_of_2(c)), "num_warps": 4}
@@ -168,7 +171,7 @@ class MlpBackward:
         # Buffers and parts of a row.
         size = self.dtype.itemsize
         hidden_rows = self.hidden_tiles["BLOCK_M"]
-        row_bytes = size * (c * (self.normalised + self.copied) + k * (self.stores_g + self.grad_activated))
+        row_bytes = size * (c * (self.normalised + self.copied) + k * (self.stores_g + self.stores_dh))
         part_bytes = 4 * (k / hidden_rows + c / self.prepare_rows)
         if grn:  # three sums, and an image's factors and sums
             part_bytes += 4 * k * (3 / hidden_rows + 8 / self.rows_per_sample)
@@ -194,12 +197,17 @@ class MlpBackward:
         """Whether g has a buffer: W2's gradient reads it, GRN's second pass reads h there."""
         return self.fc2_sums or (self.grn_weight is not None and self.grad_activated)
 
+    @property
+    def stores_dh(self) -> bool:
+        """Whether dh has a buffer: for the products after it."""
+        return self.fc1_sums if self.fused_rows else self.grad_activated
+
     def allocate(self, rows: int) -> None:
         c, k = self.channels, self.hidden
         self.hat = self.new(rows, c, dtype=self.dtype) if self.normalised else None
         self.u = self.new(rows, c, dtype=self.dtype) if self.copied else None
         self.g = self.new(rows, k, dtype=self.dtype) if self.stores_g else None
-        self.dh = self.new(rows, k, dtype=self.dtype) if self.grad_activated else None
+        self.dh = self.new(rows, k, dtype=self.dtype) if self.stores_dh else None
         self.dhat = None
         if self.wanted[_Z] and not self.fused_norm:  # by then hat has been read for the last time
             self.dhat = self.hat if self.hat is not None else self.new(rows, c, dtype=self.dtype)
@@ -242,14 +250,17 @@ class MlpBackward:
         self.prepare(chunk)
         if not self.any_hidden:
             return
-        self.hidden_gradients(chunk)
+        if self.fused_rows:
+            self.row_gradients(chunk)
+        else:
+            self.hidden_gradients(chunk)
         if self.grn_weight is not None:
             self.grn(chunk)
         if self.fc2_sums:
             self.weight_gradient(chunk, self.g, self.branch_of(chunk), self.fc2_parts, 1, self.hidden)
         if self.fc1_sums:
             self.weight_gradient(chunk, self.dh, self.hat, self.fc1_parts, self.channels, 1)
-        if self.wanted[_Z]:
+        if self.wanted[_Z] and not self.fused_rows:
             self.norm_gradient(chunk)
 
     def place(self, chunk: _Chunk) -> tuple[int, int, int, int]:
@@ -301,6 +312,38 @@ class MlpBackward:
             TANH=self.tanh,
             CHEAP=self.dtype != torch.float32,
             **tile,
+        )
+
+    def row_gradients(self, chunk: _Chunk) -> None:
+        c0, c1 = self.norm_pieces
+        launch.run(
+            row_gradients_kernel,
+            (launch.tiles_of(chunk.rows, self.hidden_tiles["BLOCK_M"]),),
+            self.hat if self.kept is None else None,
+            self.branch_of(chunk),
+            self.kept,
+            self.fc1_weight,
+            self.fc1_factor,
+            self.fc1_bias,
+            self.folded_fc2_weight,
+            self.fc2_factor,
+            self.z,
+            self.mean,
+            self.rstd,
+            self.order,
+            self.live_count,
+            self.g,
+            self.dh,
+            self.fc1_bias_parts,
+            self.results[_Z],
+            *self.place(chunk),
+            C=self.channels,
+            K=self.hidden,
+            TANH=self.tanh,
+            CHEAP=self.dtype != torch.float32,
+            C0=c0,
+            C1=c1,
+            **self.hidden_tiles,
         )
 
     def grn(self, chunk: _Chunk) -> None:

@@ -9,7 +9,10 @@ from collections.abc import Iterator
 
 from . import config, launch
 
-__all__ = ["WORKSPACE_BYTES", "weight_splits"]
+__all__ = ["MOST_ROW_COLUMNS", "WORKSPACE_BYTES", "weight_splits"]
+
+#: The most columns that a product with LayerNorm's backward in its epilogue holds: the pieces of a row together.
+MOST_ROW_COLUMNS = 256
 
 #: What the buffers of a chunk and the parts may take together; with GRN at least one image's rows, whatever they take.
 WORKSPACE_BYTES = 256 << 20
@@ -60,6 +63,36 @@ def _norm_default(problem: config.Problem) -> config.Config:
     block_k = 64 if _asynchronous(problem) else 32
     stages = _stages(problem, 2 * block_k * (rows + columns))
     return config.Config({"BLOCK_M": rows, "BLOCK_K": block_k}, num_warps=8, num_stages=stages)
+
+
+def _form_default(problem: config.Problem) -> config.Config:
+    # Up to 128 channels memory bounds the backward pass: reading dh once less is 8 C of some 58 C bytes a row. Beyond,
+    # the tensor cores do, for which rows * columns tiles that fit the registers beside h and dg are small.
+    fused = problem.dtype.itemsize == 2 and sum(launch.column_pieces(problem.channels)) <= 128
+    return config.Config({"FUSED": int(fused)})
+
+
+def _form_candidates(problem: config.Problem) -> Iterator[config.Config]:
+    yield config.Config({"FUSED": 0})
+    if problem.dtype.itemsize == 2 and sum(launch.column_pieces(problem.channels)) <= MOST_ROW_COLUMNS:
+        yield config.Config({"FUSED": 1})
+
+
+def _rows_default(problem: config.Problem) -> config.Config:
+    columns = sum(launch.column_pieces(problem.channels))
+    rows, block_k = (128 if _asynchronous(problem) and columns <= 128 else 64), 64
+    if not _asynchronous(problem) or problem.channels % 32:  # masks along C take registers too
+        block_k = 32
+    # hat and u take shared memory beside the buffers of both weights.
+    spare = launch.chip_of_architecture(problem.chip).shared_bytes - 4 * rows * columns - 8192
+    stages = max(1, min(2, spare // (4 * block_k * columns)))
+    return config.Config({"BLOCK_M": rows, "BLOCK_K": block_k}, num_warps=8, num_stages=stages)
+
+
+def _rows_candidates(problem: config.Problem) -> Iterator[config.Config]:
+    for m, k, warps in ((128, 64, 8), (128, 32, 8), (64, 64, 8), (64, 64, 4), (64, 32, 8), (64, 32, 4)):
+        for stages in (1, 2, 3):
+            yield config.Config({"BLOCK_M": m, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
 
 
 def _input_default(problem: config.Problem) -> config.Config:
@@ -127,6 +160,8 @@ for _form in ("grn", "kept"):
     config.declare(f"mlp_backward_hidden_{_form}", default=_default, candidates=_hidden_candidates)
 config.declare("mlp_backward_weight", default=_weight_default, candidates=_weight_candidates)
 config.declare("mlp_backward_norm", default=_norm_default, candidates=_norm_candidates)
+config.declare("mlp_backward_form", default=_form_default, candidates=_form_candidates)
+config.declare("mlp_backward_rows", default=_rows_default, candidates=_rows_candidates)
 config.declare("mlp_backward_input", default=_input_default, candidates=_input_candidates)
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "input_gradient_kernel",
     "norm_gradient_kernel",
     "norm_sums",
+    "row_gradients_kernel",
     "store_dz",
     "weight_gradient_kernel",
 ]
@@ -256,6 +257,28 @@ def _store_dz(
     tl.store(dz + place + column, values.to(dz.dtype.element_ty), mask=inside & (column < C))
 
 
+@triton.jit
+def _store_norm_gradient(
+    s0, s1, weight_factor, z, mean, rstd, position, inside, dz, C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr
+):
+    """dz from the sums s of whole rows in two pieces of columns, times weight_factor (1) if that is given."""
+    centre, scale = tl.load(mean + position)[:, None], tl.load(rstd + position)[:, None]
+    place = position[:, None] * C
+    if weight_factor is not None:
+        s0 *= tl.load(weight_factor)
+        if C1 > 0:
+            s1 *= tl.load(weight_factor)
+    # 64 columns at a time: with all of hat beside s the registers would spill.
+    total, product = norm_sums(s0, z, place, centre, scale, inside, C, 0, C0, 64)
+    if C1 > 0:
+        total1, product1 = norm_sums(s1, z, place, centre, scale, inside, C, C0, C1, 64)
+        total += total1
+        product += product1
+    store_dz(s0, total, product, z, place, centre, scale, inside, dz, C, 0, C0, 64)
+    if C1 > 0:
+        store_dz(s1, total, product, z, place, centre, scale, inside, dz, C, C0, C1, 64)
+
+
 @triton.jit(do_not_specialize=["first", "rows", "rows_per_sample"])
 def norm_gradient_kernel(
     dh, weight, weight_factor, z, mean, rstd, order, live_count, dz, first, rows, rows_per_sample,
@@ -288,23 +311,93 @@ def norm_gradient_kernel(
             columns = _load_weight(weight, hidden, c1, K, C, EVEN_K and EVEN_1)
             s1 = tl.dot(gradient, columns, s1, input_precision="ieee")
 
-    inside = (row < live)[:, None]
     _, position = row_position(first + near, order, rows_per_sample)
-    centre, scale = tl.load(mean + position)[:, None], tl.load(rstd + position)[:, None]
-    place = position[:, None] * C
-    if weight_factor is not None:
-        s0 *= tl.load(weight_factor)
+    inside = (row < live)[:, None]
+    _store_norm_gradient(s0, s1 if C1 > 0 else None, weight_factor, z, mean, rstd, position, inside, dz, C, C0, C1)
+
+
+@triton.jit(do_not_specialize=["first", "rows", "rows_per_sample", "accumulate"])
+def row_gradients_kernel(
+    hat, u, kept, fc1_weight, fc1_factor, fc1_bias, fc2_weight, fc2_factor, z, mean, rstd, order, live_count, g, dh,
+    bias_parts, dz, first, rows, rows_per_sample, accumulate,
+    C: tl.constexpr, K: tl.constexpr, TANH: tl.constexpr, CHEAP: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """hidden_gradients_kernel and norm_gradient_kernel in one, for whole rows: dh is multiplied where it is made.
+
+    The arguments are theirs, without GRN; hat, u and the sums s = dh W stay on the chip from first to last. `g`, `dh`
+    and bias_parts may be None. 6 P C K FLOP and P E (4 C + 2 K) bytes; the two kernels take P E K more.
+    """
+    tile = tl.program_id(0)
+    live = live_rows(live_count, first, rows, rows_per_sample)
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    if tile * BLOCK_M >= live:
+        if bias_parts is not None:
+            for k in range(0, K, BLOCK_K):
+                hidden = k + tl.arange(0, BLOCK_K)
+                empty = (hidden < K) & (accumulate == 0)
+                tl.store(bias_parts + tile.to(tl.int64) * K + hidden, tl.zeros((BLOCK_K,), tl.float32), mask=empty)
+        return
+
+    EVEN_K: tl.constexpr = K % BLOCK_K == 0
+    EVEN_0: tl.constexpr = C % C0 == 0 or C1 > 0
+    EVEN_1: tl.constexpr = C == C0 + C1
+    inside = (row < live)[:, None]
+    near = tl.minimum(row, live - 1)  # rows that can be read
+    _, position = row_position(first + near, order, rows_per_sample)
+    c0 = tl.arange(0, C0)
+    u0 = _load(u, near, c0, C, EVEN_0)
+    s0 = tl.zeros((BLOCK_M, C0), tl.float32)
+    if kept is None:
+        hat0 = _load(hat, near, c0, C, EVEN_0)
+    if C1 > 0:
+        c1 = C0 + tl.arange(0, C1)
+        u1 = _load(u, near, c1, C, EVEN_1)
+        s1 = tl.zeros((BLOCK_M, C1), tl.float32)
+        if kept is None:
+            hat1 = _load(hat, near, c1, C, EVEN_1)
+
+    for k in range(0, K, BLOCK_K):
+        hidden = k + tl.arange(0, BLOCK_K)
+        in_columns = hidden < K
+        first0 = _load_weight(fc1_weight, hidden, c0, K, C, EVEN_K and EVEN_0)
+        dg = tl.dot(u0, _load_weight(fc2_weight, c0, hidden, C, K, EVEN_K and EVEN_0), input_precision="ieee")
         if C1 > 0:
-            s1 *= tl.load(weight_factor)
-    # 64 columns at a time: with all of hat beside s the registers would spill.
-    total, product = norm_sums(s0, z, place, centre, scale, inside, C, 0, C0, 64)
-    if C1 > 0:
-        total1, product1 = norm_sums(s1, z, place, centre, scale, inside, C, C0, C1, 64)
-        total += total1
-        product += product1
-    store_dz(s0, total, product, z, place, centre, scale, inside, dz, C, 0, C0, 64)
-    if C1 > 0:
-        store_dz(s1, total, product, z, place, centre, scale, inside, dz, C, C0, C1, 64)
+            first1 = _load_weight(fc1_weight, hidden, c1, K, C, EVEN_K and EVEN_1)
+            second1 = _load_weight(fc2_weight, c1, hidden, C, K, EVEN_K and EVEN_1)
+            dg = tl.dot(u1, second1, dg, input_precision="ieee")
+        if kept is not None:
+            h = _load(kept, position, hidden, K, EVEN_K).to(tl.float32)
+        else:
+            h = tl.dot(hat0, first0.T, input_precision="ieee")
+            if C1 > 0:
+                h = tl.dot(hat1, first1.T, h, input_precision="ieee")
+            if fc1_factor is not None:
+                h *= tl.load(fc1_factor)
+            if fc1_bias is not None:
+                h += tl.load(fc1_bias + hidden, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+        if fc2_factor is not None:
+            dg *= tl.load(fc2_factor)
+
+        activated, slope = gelu_and_derivative(h, TANH, CHEAP)
+        out = row.to(tl.int64)[:, None] * K + hidden[None, :]
+        mask = inside & in_columns[None, :]
+        if g is not None:
+            tl.store(g + out, activated.to(g.dtype.element_ty), mask=mask)
+        # A selection: a row beyond the live ones has some row's values; a column beyond K has none.
+        gradient = tl.where(mask, dg * slope, 0.0)
+        if bias_parts is not None:
+            part = bias_parts + tile.to(tl.int64) * K + hidden
+            before = tl.load(part, mask=in_columns & (accumulate != 0), other=0.0)
+            tl.store(part, before + tl.sum(gradient, 0), mask=in_columns)
+        rounded = gradient.to(u.dtype.element_ty)
+        if dh is not None:
+            tl.store(dh + out, rounded, mask=mask)
+        s0 = tl.dot(rounded, first0, s0, input_precision="ieee")
+        if C1 > 0:
+            s1 = tl.dot(rounded, first1, s1, input_precision="ieee")
+
+    _store_norm_gradient(s0, s1 if C1 > 0 else None, fc1_factor, z, mean, rstd, position, inside, dz, C, C0, C1)
 
 
 @triton.jit(do_not_specialize=["first", "rows", "rows_per_sample"])
