@@ -1,5 +1,5 @@
-"""layer_norm_mlp and its backward on a GPU: values, dropped samples, chunks and their workspace, streams, graphs, no
-synchronisation, determinism."""
+"""layer_norm_mlp and its backward by the CUDA kernels: values, dropped samples, chunks and their workspace, streams,
+graphs, no synchronisation, determinism."""
 
 import contextlib
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import convnext_kernels  # noqa: F401  (loads the compiled operators)
+import convnext_kernels as ck
 import numerics
 
 pytestmark = pytest.mark.gpu
@@ -25,6 +25,13 @@ MODES = {  # of z and the products, and of parameters, residual and result
     "mixed-fp16": (torch.float16, torch.float32),
 }
 WORKSPACE = 256 * 2**20
+
+
+@pytest.fixture(autouse=True)
+def backend():
+    """The compiled kernels: on a GPU, `auto` takes Triton's for this operator, which have tests of their own."""
+    with ck.use_backend("cuda"):
+        yield
 
 
 def random(*shape, scale=1.0):
@@ -222,9 +229,7 @@ def test_side_stream(grn):
 @pytest.mark.parametrize("grn", [False, True], ids=["v1", "v2"])
 def test_cuda_graph(grn):
     case = Case("mixed-bf16", (8, 28, 28, 96), grn, drop=True)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):  # the products' library allocates its workspace at the first call
-        case.run()
+    case.run()  # the products' library is set up at the first call
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
