@@ -63,13 +63,15 @@ def test_against_fp64(shape, types):
     truth = in_pytorch(grad, x, *weights, torch.float64)
     numerics.assert_close(y, theirs[0].to(out_dtype), truth[0], "y")
     numerics.assert_close(gradients[0], theirs[1].to(dtype), truth[1], "grad_x")
-    # Sums of `rows` terms in fp32: what their rounding may cost.
+    # Sums of `rows` terms in fp32: what their rounding may cost. A normalised value near 0 has an absolute error, the
+    # mean's.
     rows = x.double().reshape(-1, shape[-1])
     normalised = F.layer_norm(rows, rows.shape[-1:], eps=EPS)
     flat = grad.double().reshape(rows.shape)
+    sizes = flat.abs().sum(0)
     for name, ours, exact, terms in (
-        ("grad_weight", gradients[1], truth[2], (flat * normalised).abs().sum(0)),
-        ("grad_bias", gradients[2], truth[3], flat.abs().sum(0)),
+        ("grad_weight", gradients[1], truth[2], (flat * normalised).abs().sum(0) + 2.0**-3 * sizes),
+        ("grad_bias", gradients[2], truth[3], sizes),
     ):
         assert ours.dtype == torch.float32
         assert ((ours.double() - exact).abs() <= 2.0**-19 * terms + 1e-12).all(), name
@@ -95,14 +97,18 @@ def test_parameters_of_any_dtype(dtype, parameter_dtype):
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_results_and_gradients_of_any_dtype(dtype, out_dtype):
-    """Pairs without a kernel of their own go through the accumulation type."""
+    """Pairs without a kernel of their own go through the accumulation type: bit for bit. The others add up in an order
+    of their own."""
     x, grad, weight, bias = make((33, 72), dtype, out_dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     ours, expected = both(grad, x, weight, bias, out_dtype), both(grad.to(wide), x, weight, bias, wide)
     assert ours[0].dtype == out_dtype
-    assert torch.equal(ours[0], expected[0].to(out_dtype))
-    for a, b in zip(ours[1:4], expected[1:4]):
-        assert torch.equal(a, b)
+    own_order = dtype == out_dtype != wide
+    for a, b in zip(ours[:4], (expected[0].to(out_dtype), *expected[1:4])):
+        if own_order:
+            torch.testing.assert_close(a, b)
+        else:
+            assert torch.equal(a, b)
     for a, b in zip(ours[4:], expected[4:]):
         torch.testing.assert_close(a, b)
 
