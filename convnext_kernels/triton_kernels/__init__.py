@@ -13,8 +13,6 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from .launch import why_not_tensor
 
 __all__ = ["OPERATORS", "implementation", "why_not"]
@@ -47,13 +45,15 @@ def implementation(operator: str) -> Callable[..., Any]:
 
 
 def why_not(operator: str, *arguments: Any) -> str | None:
-    """Why the Triton kernels cannot run a raw operator on these arguments; None where they can."""
+    """Why the Triton kernels cannot run a raw operator on these arguments; None where they can.
+
+    As the choice is made once for a dtype of the first tensor, the others' do not count: the operator itself refuses
+    what it cannot take of them, by the argument's name.
+    """
     if operator not in OPERATORS:
         return f"there is no Triton kernel for {operator}"
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            reason = why_not_tensor(argument)
-            if reason is not None:
-                return reason
+    reason = why_not_tensor(arguments[0])
+    if reason is not None:
+        return reason
     own = getattr(_module(operator), "why_not", None)
     return None if own is None else own(operator, *arguments)
