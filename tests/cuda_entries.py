@@ -86,20 +86,47 @@ class Entries(cuda_programs.Programs):
             paths.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
         return ":".join(paths)
 
+    def _environment(self, variant, edits, **settings):
+        environment = {**os.environ, "CONVNEXT_KERNELS_LIBRARY_DIR": str(self.folder(variant, edits))}
+        # Small tensors: PyTorch's threads would only wait for each other.
+        environment |= {"OMP_NUM_THREADS": "1"}
+        environment |= {f"CUDA_ON_HOST_{name.upper()}": str(value) for name, value in settings.items()}
+        for name in ("CONVNEXT_KERNELS_BACKEND", "PYTEST_ADDOPTS"):
+            environment.pop(name, None)
+        return environment
+
     def run_pytest(self, variant, launches, *arguments, edits=(), **settings):
         """Runs pytest with the library. `launches`: a file for what was launched; `settings`: see entries.cpp.
 
         Returns the finished process.
         """
-        environment = {**os.environ, "CONVNEXT_KERNELS_LIBRARY_DIR": str(self.folder(variant, edits))}
-        # Small tensors: PyTorch's threads would only wait for each other.
-        environment |= {"CUDA_ON_HOST_LAUNCHES": str(launches), "OMP_NUM_THREADS": "1"}
-        environment |= {f"CUDA_ON_HOST_{name.upper()}": str(value) for name, value in settings.items()}
-        for name in ("CONVNEXT_KERNELS_BACKEND", "PYTEST_ADDOPTS"):
-            environment.pop(name, None)
+        environment = self._environment(variant, edits, launches=launches, **settings)
         if variant == "asan":
             environment |= {"LD_PRELOAD": self._sanitizer(), "ASAN_OPTIONS": "detect_leaks=0"}
         # Uncaptured: what AddressSanitizer says before it ends the process would be lost.
         command = [sys.executable, "-m", "pytest", "-q", "-s", "-m", "not gpu", "-p", "no:cacheprovider"]
         command += map(str, arguments)
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+    def _driver(self):
+        """What stands in for CUDA's driver (tests/cuda_on_host/driver.cpp)."""
+        source = FOLDER / "driver.cpp"
+        target = self._target("driver", [source], [])
+        if not target.is_dir():
+            work = self._work_folder(target)
+            name = "libcuda.so.1"
+            self._run([*FLAGS, "-O1", "-fPIC", "-shared", f"-Wl,-soname,{name}", source, "-o", work / name])
+            self._publish(work, target)
+        return target / "libcuda.so.1"
+
+    def rehearse(self, arguments, launches, edits=(), folders=()):
+        """Runs python with tests/gpu_rehearsal.py, the library, and a chip of as many multiprocessors as an H100.
+
+        `launches`: a file for the operators that ran and their backends; `folders`: where more modules are.
+        Returns the finished process.
+        """
+        environment = self._environment("plain", edits, multiprocessors=132)
+        environment |= {"LD_PRELOAD": str(self._driver()), "GPU_REHEARSAL_LAUNCHES": str(launches)}
+        environment["PYTHONPATH"] = os.pathsep.join(map(str, [*folders, ROOT, ROOT / "tests"]))
+        command = [sys.executable, *map(str, arguments)]
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)

@@ -32,7 +32,8 @@ every_mode = pytest.mark.parametrize("mode", MODES)
 class Step:
     """A block, its input, the output's gradient and a drop-path vector; `run` is one training step."""
 
-    def __init__(self, mode, use_grn, shape=STAGE, dropped=True, block=ck.FusedConvNeXtBlock):
+    def __init__(self, mode, use_grn, shape=None, dropped=True, block=ck.FusedConvNeXtBlock):
+        shape = shape or STAGE
         self.dtype, self.autocast = MODES[mode]
         scale = {} if use_grn else {"layer_scale_init_value": 1.0}
         self.block = block(shape[1], use_grn=use_grn, **scale).to(DEVICE, self.dtype)

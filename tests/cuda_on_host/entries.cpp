@@ -8,6 +8,7 @@
 //
 //   CUDA_ON_HOST_SCHEDULE       forward (default), reverse, random or greedy (engine.h)
 //   CUDA_ON_HOST_APPROXIMATION  exact (default), low, high or mixed
+//   CUDA_ON_HOST_MULTIPROCESSORS  how many the chip has (3)
 //   CUDA_ON_HOST_SHARED_KIB     shared memory that a block is told it may have; the engine gives 99 KiB (default)
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
@@ -119,7 +120,8 @@ extern "C" {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
-      *value = 3;  // few: small tensors are spread over several rounds of blocks
+      // Few by default: small tensors are spread over several rounds of blocks.
+      *value = std::stoi(setting("CUDA_ON_HOST_MULTIPROCESSORS", "3"));
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = std::stoi(setting("CUDA_ON_HOST_SHARED_KIB", "99")) * 1024;

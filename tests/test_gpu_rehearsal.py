@@ -1,0 +1,181 @@
+"""The tests marked `gpu`, rehearsed without a GPU (tests/gpu_rehearsal.py): that they are right, before there is one.
+
+Values and launches are those of the CUDA entries, executed on the CPU; streams, graphs, synchronisation, devices and
+memory are checked by what CUDA allows. `-k` leaves out what takes the engine long.
+"""
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+import cuda_programs
+from cuda_entries import Entries
+
+# What cannot be rehearsed.
+NOT_REHEARSED = {
+    "compute_sanitizer": "another program runs it; its script is rehearsed below",
+    "opcheck_with_gradients": "AOTAutograd takes the stand-in's tensors apart",
+    "test_gpu_bias_gelu.py and non_finite_values": "PyTorch's GELU of infinity is NaN on a CPU, and not on a GPU",
+}
+# Files, and what is chosen of them: `not` what takes the engine long.
+GROUPS = {
+    "operators": ("gpu_bias_gelu gpu_layer_norm", "not against_fp64 or float32-bfloat16"),
+    "convolution": (
+        "gpu_depthwise_conv",
+        "another_device or unknown or errors or empty or residual or test_fp64 or unaligned and fma"
+        " or same_pass and 3x24 or agree and 3x40 or dropped and shape0 or (graph or sync or same_bits) and not shape0",
+    ),
+    "mlp": ("gpu_mlp", "not bounded and not put_together and not same_bits and not (against_fp64 and tanh)"),
+    "block": ("gpu_block", "not what_is_kept or bf16-v1 and not autocast"),
+    "triton": (
+        "gpu_triton_mlp_backward gpu_triton_mlp gpu_triton_layer_norm gpu_triton_depthwise_conv",
+        "graph or errors or arguments or mask or optional",
+    ),
+    "on_every_device": ("block operators convert", "not gradcheck or bias_gelu"),
+}
+
+
+@pytest.fixture(scope="module")
+def entries(request):
+    for entries in cuda_programs.provide(request, [], Entries):
+        if len(request.session.items) > 5:
+            for edits in ((), DROPS_FORGOTTEN):
+                entries.start_library("plain", edits)
+        yield entries
+
+
+def rehearse(entries, tmp_path, files, expression, *options, edits=()):
+    """The finished process, and how often each (operator, backend) ran."""
+    left_out = "".join(f" and not ({what})" for what in NOT_REHEARSED)
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "gpu_rehearsal", "-m", "gpu", *options]
+    command += [*(f"tests/test_{name}.py" for name in files), "-k", f"({expression}){left_out}"]
+    done = entries.rehearse(command, tmp_path / "launches", edits, [tmp_path])
+    lines = (tmp_path / "launches").read_text().splitlines() if (tmp_path / "launches").exists() else []
+    return done, {tuple(line.split()[:2]): int(line.split()[2]) for line in lines}
+
+
+def passed(done):
+    """The number of tests that passed; none may have failed."""
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
+    return int(re.search(r"(\d+) passed", done.stdout)[1])
+
+
+# The operators that each group must have launched, by backend.
+CONVOLUTION = ["depthwise_conv2d", "depthwise_conv2d_input_grad", "depthwise_conv2d_weight_grad"]
+ROWS = ["bias_gelu", "bias_gelu_backward", "layer_norm", "layer_norm_backward"]
+MLP = ["layer_norm_mlp", "layer_norm_mlp_backward"]
+EXPECTED = {
+    "operators": (100, {(name, "cuda") for name in ROWS}),
+    "convolution": (50, {(name, "cuda") for name in [*CONVOLUTION, "depthwise_conv2d_cast"]}),
+    "mlp": (40, {(name, "cuda") for name in MLP}),
+    # As on a GPU: the MLP by Triton, of which the entry gives the results.
+    "block": (40, {(name, "cuda") for name in [*CONVOLUTION, "depthwise_conv2d_cast"]} | {(m, "triton") for m in MLP}),
+    "triton": (30, {(name, "triton") for name in [*CONVOLUTION, *ROWS, *MLP]} - {("bias_gelu_backward", "triton")}),
+    "on_every_device": (150, {(name, "cuda") for name in [*CONVOLUTION, *ROWS, *MLP]} | {(m, "triton") for m in MLP}),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(request, entries, tmp_path_factory):
+    """What `rehearse` gives for each group and each defect in Python: two at a time, from the beginning."""
+
+    def run(name):
+        folder = tmp_path_factory.mktemp("rehearsal")
+        if name in GROUPS:
+            files, expression = GROUPS[name]
+            return rehearse(entries, folder, files.split(), expression)
+        text, expression, _ = DEFECTS[name]
+        (folder / "planted.py").write_text(text)
+        return rehearse(entries, folder, ["gpu_block"], expression, "-x", "-p", "planted")
+
+    with ThreadPoolExecutor(2) as pool:
+        names = [item.callspec.params["name"] for item in request.session.items if "runs" in item.fixturenames]
+        yield {name: pool.submit(run, name) for name in names}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_rehearsal(runs, name):
+    done, ran = runs[name].result()
+    least, expected = EXPECTED[name]
+    assert passed(done) >= least
+    assert ran.keys() >= expected
+
+
+def test_script_for_compute_sanitizer(entries, tmp_path):
+    code = "import gpu_rehearsal, gpu_small_steps\nwith gpu_rehearsal.rehearsing(): gpu_small_steps.main()"
+    done = entries.rehearse(["-c", code], tmp_path / "launches")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.endswith("small steps done\n")
+
+
+# --- the rehearsal sees what a GPU would not forgive: defects planted in the library
+
+CAST = "test_the_cast_in_the_same_pass and tensor and 3x24"
+DROPS_FORGOTTEN = (
+    (
+        "depthwise_conv/cuda.cu",
+        "params.sample_scale = data_or_null<float>(sample_scale);",
+        "params.sample_scale = nullptr;",
+    ),
+)
+FORWARD = """
+import torch
+from convnext_kernels.operators import block
+forward = block._forward
+stream = None
+def planted(x, *rest):
+    {}
+block._forward = planted
+"""
+DEFECTS = {
+    "the-host-reads-a-number": (
+        FORWARD.format("x.sum().item(); return forward(x, *rest)"),
+        "test_no_synchronisation and bf16-v1",
+        "called a synchronizing CUDA operation",
+    ),
+    "and-while-a-graph-is-captured": (
+        FORWARD.format("x.sum().item(); return forward(x, *rest)"),
+        "test_cuda_graph and bf16-v1",
+        "operation not permitted when stream is capturing",
+    ),
+    "a-copy-from-the-host": (
+        FORWARD.format("return forward(x + torch.zeros(x.shape[1:]).to(x.device, x.dtype), *rest)"),
+        "test_no_synchronisation and bf16-v1",
+        "a copy from pageable memory",
+    ),
+    "a-tensor-on-the-host": (
+        FORWARD.format("return forward(x + torch.zeros(x.shape[1:]), *rest)"),
+        "test_two_runs and bf16-v1",
+        "expected all tensors to be on the same device",
+    ),
+    "a-stream-that-nothing-waits-for": (
+        FORWARD.format("with torch.cuda.stream(torch.cuda.Stream()): return forward(x, *rest)"),
+        "test_side_stream and bf16-v1",
+        "without waiting for it",
+    ),
+    "a-result-from-the-step-before": (
+        FORWARD.format("global stream; stream, y = forward(x, *rest), stream; return y or stream"),
+        "test_cuda_graph and bf16-v1",
+        "assert_same_bits",
+    ),
+    "the-hidden-tensor-kept": (
+        "import functools, convnext_kernels as ck\n"
+        "ck.convnext_block = functools.partial(ck.convnext_block, recompute=False)",
+        "test_what_is_kept and bf16-v1 and not autocast",
+        "bytes an element instead of",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_planted_defect_is_found(runs, name):
+    done, _ = runs[name].result()
+    assert done.returncode == 1, f"the planted defect was not found:\n{done.stdout}{done.stderr}"
+    assert DEFECTS[name][2] in done.stdout
+
+
+def test_planted_defect_in_an_entry_is_found(entries, tmp_path):
+    done, _ = rehearse(entries, tmp_path, ["gpu_depthwise_conv"], CAST, "-x", edits=DROPS_FORGOTTEN)
+    assert done.returncode == 1 and "test_the_cast_in_the_same_pass" in done.stdout, done.stdout + done.stderr
