@@ -25,6 +25,12 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def fp32_convolutions(monkeypatch):
+    """What ours is compared with is fp32 on a GPU too: cuDNN rounds the factors of a convolution to TF32 by default."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     """Where a test makes its tensors and modules: the test runs on the CPU and, with `-m gpu`, on a GPU.
