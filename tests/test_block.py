@@ -132,6 +132,8 @@ def test_options(mode, options):
 def test_kept_hidden_gives_the_same_gradients(mode, use_grn):
     dtype, autocast = MODES[mode]
     _, ours = pair(24, dtype, use_grn=use_grn, drop_path=0.3)
+    # Bit for bit in the compiled kernels; Triton's do not round a hidden tensor that they compute again.
+    ours.backend = device_type()
     x, grad = image(4, 24, 8, 9, dtype), torch.randn(4, 24, 8, 9)
     torch.manual_seed(17)
     recomputed = run(ours, x, grad, autocast)

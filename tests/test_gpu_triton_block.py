@@ -119,7 +119,9 @@ def test_keeping_hidden_changes_nothing(use_grn):
     x, grad = image(), image()
     first, second = step(ours, x, grad), step(other, x, grad)
     for name, value in first.items():
-        torch.testing.assert_close(second[name], value, rtol=1e-5, atol=1e-5)
+        # Of a sum over all pixels, what its rounding may cost.
+        size = max(1.0, value.abs().max().item())
+        torch.testing.assert_close(second[name], value, rtol=1e-5, atol=1e-5 * size)
 
 
 def test_inference_mode_and_no_grad(only_triton):
