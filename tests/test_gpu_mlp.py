@@ -178,8 +178,8 @@ def test_workspace_is_bounded(version):
     before = torch.cuda.memory_allocated()
     case.backward(case.forward())
     torch.cuda.synchronize()
-    # The allocator rounds each of some 20 tensors up.
-    assert torch.cuda.max_memory_allocated() - before <= kept + WORKSPACE + 20 * 2**21
+    # The allocator rounds each of some 20 tensors up; cuBLASLt takes 32 MiB for as long as a product with a bias runs.
+    assert torch.cuda.max_memory_allocated() - before <= kept + WORKSPACE + 20 * 2**21 + 2**25
 
 
 @pytest.mark.parametrize("version", LARGE)

