@@ -108,7 +108,7 @@ class Entries(cuda_programs.Programs):
         command += map(str, arguments)
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
-    def _driver(self):
+    def driver(self):
         """What stands in for CUDA's driver (tests/cuda_on_host/driver.cpp)."""
         source = FOLDER / "driver.cpp"
         target = self._target("driver", [source], [])
@@ -126,7 +126,7 @@ class Entries(cuda_programs.Programs):
         Returns the finished process.
         """
         environment = self._environment("plain", edits, multiprocessors=132)
-        environment |= {"LD_PRELOAD": str(self._driver()), "GPU_REHEARSAL_LAUNCHES": str(launches)}
+        environment |= {"LD_PRELOAD": str(self.driver()), "GPU_REHEARSAL_LAUNCHES": str(launches)}
         environment["PYTHONPATH"] = os.pathsep.join(map(str, [*folders, ROOT, ROOT / "tests"]))
         command = [sys.executable, *map(str, arguments)]
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)

@@ -8,6 +8,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 import cuda_programs
 from cuda_entries import Entries
@@ -38,10 +39,14 @@ GROUPS = {
 
 @pytest.fixture(scope="module")
 def entries(request):
+    if not torch.version.cuda:
+        pytest.skip("this PyTorch was built without CUDA")
+    pytest.importorskip("triton")
     for entries in cuda_programs.provide(request, [], Entries):
         if len(request.session.items) > 5:
             for edits in ((), DROPS_FORGOTTEN):
                 entries.start_library("plain", edits)
+        entries.driver()  # before several rehearsals ask for it at once
         yield entries
 
 

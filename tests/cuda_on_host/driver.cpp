@@ -67,6 +67,10 @@ int cudaStreamGetCaptureInfo(uintptr_t, int* status, ...) {
   *status = capturing;
   return kSuccess;
 }
+int cudaStreamGetCaptureInfo_v2(uintptr_t, int* status, ...) {  // its name in CUDA 12
+  *status = capturing;
+  return kSuccess;
+}
 int cudaThreadExchangeStreamCaptureMode(int*) {
   return kSuccess;
 }
