@@ -4,7 +4,8 @@
 #   benchmarks/qualify.sh PART... [OUT_DIR]
 #
 #   build      compile for the GPUs present and install into the current Python environment
-#   test       pytest -m gpu, without the Triton kernels' own tests, which compile for minutes: those are test-triton
+#   test       pytest -m gpu, without the Triton kernels' own tests, which compile for minutes: those are test-triton;
+#              and without compute-sanitizer, which takes minutes: that is sanitize
 #   verify     every operator of every backend against fp64
 #   tune       the fastest configurations of the Triton kernels at the stages of ConvNeXt-T and -B, into OUT_DIR: what
 #              runs later with the same OUT_DIR runs with them
@@ -17,7 +18,7 @@
 #   baseline   timm and torchvision without this package; baseline-eager, baseline-torchvision, baseline-compile and
 #              baseline-max-autotune choose one part, baseline alone is the first. What does not fit into a run is done
 #              by the next one with the same OUT_DIR.
-#   all        build, test, test-triton, verify, tune, operators, models, blocks, counters, baseline
+#   all        build, test, test-triton, sanitize, verify, tune, operators, models, blocks, counters, baseline
 #
 # Logs and JSON go to OUT_DIR (default: the environment variable OUT). Each part ends within 9 minutes (PART_SECONDS,
 # default 530); every part but the baseline installs first, which takes seconds where nothing changed. The exit code is
@@ -39,10 +40,10 @@ parts=()
 out=${OUT:-}
 while [ $# -gt 0 ]; do
   case $1 in
-    build | test | test-triton | verify | tune | bench | operators | blocks | models | operators-compile | \
+    build | test | test-triton | sanitize | verify | tune | bench | operators | blocks | models | operators-compile | \
       blocks-compile | models-compile | counters | baseline | baseline-eager | baseline-torchvision | \
       baseline-compile | baseline-max-autotune) parts+=("$1") ;;
-    all) parts+=(build test test-triton verify tune operators models blocks counters baseline) ;;
+    all) parts+=(build test test-triton sanitize verify tune operators models blocks counters baseline) ;;
     -*) usage ;;
     *)
       # Only the last argument may be the folder: a misspelt part must not become one.
@@ -91,12 +92,18 @@ run_part() {
     test)
       install_package
       : > "$out/test.log"
-      (cd "$root" && limited "$out/test.log" "$python" -m pytest -m gpu tests --ignore-glob='tests/test_gpu_triton*')
+      (cd "$root" && limited "$out/test.log" "$python" -m pytest -m gpu tests --ignore-glob='tests/test_gpu_triton*' \
+        --ignore=tests/test_gpu_sanitizer.py)
       ;;
     test-triton)
       install_package
       : > "$out/test-triton.log"
       (cd "$root" && limited "$out/test-triton.log" "$python" -m pytest -m gpu tests/test_gpu_triton*)
+      ;;
+    sanitize)
+      install_package
+      : > "$out/sanitize.log"
+      (cd "$root" && limited "$out/sanitize.log" "$python" -m pytest -m gpu tests/test_gpu_sanitizer.py)
       ;;
     tune)
       install_package

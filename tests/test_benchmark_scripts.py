@@ -117,9 +117,11 @@ def test_qualify_runs_every_part(qualify, tmp_path):
         install,
         "-m convnext_kernels info",
         install,
-        "-m pytest -m gpu tests --ignore-glob=tests/test_gpu_triton*",
+        "-m pytest -m gpu tests --ignore-glob=tests/test_gpu_triton* --ignore=tests/test_gpu_sanitizer.py",
         install,
         f"-m pytest -m gpu {triton}",
+        install,
+        "-m pytest -m gpu tests/test_gpu_sanitizer.py",
         install,
         "-m convnext_kernels verify --device cuda",
         install,
@@ -134,8 +136,8 @@ def test_qualify_runs_every_part(qualify, tmp_path):
         f"-m benchmarks.counters --csv {tmp_path}/out/counters.csv",
         f"{ROOT}/benchmarks/baseline.py --part eager",
     ]
-    parts = ("build", "test", "test-triton", "verify", "tune", "operators", "models", "blocks", "counters", "baseline")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{part}.log" for part in parts}
+    parts = ("build", "test", "test-triton", "sanitize", "verify", "tune", "operators", "models", "blocks", "counters")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{part}.log" for part in (*parts, "baseline")}
 
 
 def suite(name, providers="not compile and not autotune"):
@@ -164,7 +166,7 @@ def test_qualify_is_honest_about_failures(qualify, tmp_path):
     done, calls = qualify("all", tmp_path / "out", python=r'case "$*" in *-m\ pytest*) echo broken; exit 7;; esac')
     assert done.returncode == 1
     assert "=== test: FAILED with exit code 7" in done.stderr
-    assert "qualify.sh: failed: test test-triton operators models blocks\n" in done.stderr
+    assert "qualify.sh: failed: test test-triton sanitize operators models blocks\n" in done.stderr
     assert (tmp_path / "out" / "test.log").read_text() == "broken\n"
     assert any("baseline" in call for call in calls)  # the parts after it ran
     done, calls = qualify("verify", "bench", OUT=str(tmp_path / "out"), python='case "$*" in *pip*) exit 3;; esac')
