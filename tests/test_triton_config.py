@@ -24,7 +24,7 @@ def kernel(monkeypatch, tmp_path):
     monkeypatch.setattr(config, "chip_name", lambda device: "Chip sm_90")
     monkeypatch.setattr(table, "TABLE", {})
     config.forget()
-    config._log_default.cache_clear()
+    monkeypatch.setattr(config, "_untuned_chips", set())
     config.declare(
         "test", default=lambda problem: DEFAULT, candidates=lambda problem: [Config({"BLOCK": 64}, 8, 2), DEFAULT]
     )
@@ -50,9 +50,12 @@ def test_a_config_is_what_a_launch_takes():
 def test_a_missing_entry_takes_the_default_and_says_so_once(kernel, caplog):
     with caplog.at_level(logging.WARNING, logger="convnext_kernels"):
         assert choose() == DEFAULT and choose(channels=8) == DEFAULT
+        config.declare("another", default=lambda problem: DEFAULT)
+        other = {"channels": 96, "hidden": 384, "dtype": torch.bfloat16, "rows": 100, "device": GPU}
+        assert config.choose("another", **other) == DEFAULT
     assert [r.getMessage() for r in caplog.records] == [
-        "the Triton kernel test runs with its default configuration: none is known for this problem on sm_90 "
-        "(`convnext-kernels tune` finds one)"
+        "the Triton kernels (test is the first) run with default configurations: none are known for these problems on "
+        "sm_90 (`convnext-kernels tune` finds them)"
     ]
     caplog.clear()
     assert choose(device=CPU) == DEFAULT and not caplog.records  # the interpreter has nothing to tune

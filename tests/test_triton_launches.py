@@ -50,7 +50,7 @@ def run(driver, expression, **settings):
 
 def test_on_hopper(driver):
     status, passed, output = run(driver, "test")
-    assert status == 0 and passed >= 15, output
+    assert status == 0 and passed >= 16, output
 
 
 def test_on_ampere(driver):

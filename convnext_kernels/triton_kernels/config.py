@@ -13,7 +13,7 @@ The answer comes from, in this order,
 
 1. the user cache, which ``convnext-kernels tune`` writes for the GPU at hand (:func:`cache_file`),
 2. the table in the repository (:mod:`.table`),
-3. the kernel's own `default`, which must compile and fit on every chip from sm_80 on. That is logged, once a kernel.
+3. the kernel's own `default`, which must compile and fit on every chip from sm_80 on. That is logged, once a chip.
 
 It depends on the kernel, the channels, the hidden channels, the dtype, the chip and the *bucket* of the number of rows,
 never on the exact batch size, and nothing is ever measured here: a launch inside a CUDA graph's capture, or with a new
@@ -247,14 +247,19 @@ def _resolve(kernel: str, problem: Problem) -> tuple[Config, bool]:
     return _kernels[kernel].default(problem), False
 
 
-@functools.cache
+_untuned_chips: set[int] = set()
+
+
 def _log_default(kernel: str, chip: int) -> None:
-    logger.warning(
-        "the Triton kernel %s runs with its default configuration: none is known for this problem on sm_%d "
-        "(`convnext-kernels tune` finds one)",
-        kernel,
-        chip,
-    )
+    """Once a chip: a model asks for a dozen kernels."""
+    if chip not in _untuned_chips:
+        _untuned_chips.add(chip)
+        logger.warning(
+            "the Triton kernels (%s is the first) run with default configurations: none are known for these problems "
+            "on sm_%d (`convnext-kernels tune` finds them)",
+            kernel,
+            chip,
+        )
 
 
 @contextlib.contextmanager

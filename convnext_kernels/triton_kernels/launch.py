@@ -195,12 +195,14 @@ def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -
 
 def _form(argument: Any) -> Any:
     """What of an argument Triton compiles for: at least that."""
+    if argument is None:
+        return None
     kind = type(argument)
-    if kind is Tensor or kind is torch.nn.Parameter:  # faster than isinstance, and no subclass gets here
-        return argument.dtype, argument.data_ptr() & 15 == 0
     if kind is int:
         # 1 and multiples of 16 may have code of their own, and what takes 64 bits has.
         return argument == 1, argument & 15 == 0, argument.bit_length() < 32
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() & 15 == 0
     if hasattr(argument, "block_shape"):  # a TensorDescriptor
         return kind, argument.base.dtype, tuple(argument.block_shape)
     return kind
