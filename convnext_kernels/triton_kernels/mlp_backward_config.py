@@ -81,7 +81,8 @@ def _form_candidates(problem: config.Problem) -> Iterator[config.Config]:
 def _rows_default(problem: config.Problem) -> config.Config:
     columns = sum(launch.column_pieces(problem.channels))
     rows, block_k = (128 if _asynchronous(problem) and columns <= 128 else 64), 64
-    if not _asynchronous(problem) or problem.channels % 32:  # masks along C take registers too
+    # Masks along C take registers too, and on sm_100 so does the copy of sums out of tensor memory.
+    if problem.chip != 90 or problem.channels % 32:
         block_k = 32
     # hat and u take shared memory beside the buffers of both weights.
     spare = launch.chip_of_architecture(problem.chip).shared_bytes - 4 * rows * columns - 8192
