@@ -283,13 +283,9 @@ class MlpBackward:
         results = self.hat, self.u, self.branch_parts, dz
         launch.run(prepare_kernel, grid, *inputs, *results, *self.place(chunk), **columns, num_warps=4)
 
-    def hidden_gradients(self, chunk: _Chunk) -> None:
-        tile = self.hidden_tiles
-        grn = self.grn_weight is not None
-        tiles = launch.tiles_of(chunk.rows, tile["BLOCK_M"]) * launch.tiles_of(self.hidden, tile["BLOCK_N"])
-        launch.run(
-            hidden_gradients_kernel,
-            (tiles,),
+    def hidden_operands(self, chunk: _Chunk) -> tuple[Tensor | None, ...]:
+        """What h and dg are made of."""
+        return (
             self.hat if self.kept is None else None,
             self.branch_of(chunk) if self.grad_activated else None,
             self.kept,
@@ -298,6 +294,19 @@ class MlpBackward:
             self.fc1_bias,
             self.folded_fc2_weight,
             self.fc2_factor,
+        )
+
+    def gelu_constants(self) -> dict[str, int]:
+        return {"C": self.channels, "K": self.hidden, "TANH": self.tanh, "CHEAP": self.dtype != torch.float32}
+
+    def hidden_gradients(self, chunk: _Chunk) -> None:
+        tile = self.hidden_tiles
+        grn = self.grn_weight is not None
+        tiles = launch.tiles_of(chunk.rows, tile["BLOCK_M"]) * launch.tiles_of(self.hidden, tile["BLOCK_N"])
+        launch.run(
+            hidden_gradients_kernel,
+            (tiles,),
+            *self.hidden_operands(chunk),
             self.order,
             self.live_count,
             self.g,
@@ -307,10 +316,7 @@ class MlpBackward:
             self.product_parts if grn else None,
             self.grad_parts if grn else None,
             *self.place(chunk),
-            C=self.channels,
-            K=self.hidden,
-            TANH=self.tanh,
-            CHEAP=self.dtype != torch.float32,
+            **self.gelu_constants(),
             **tile,
         )
 
@@ -319,14 +325,7 @@ class MlpBackward:
         launch.run(
             row_gradients_kernel,
             (launch.tiles_of(chunk.rows, self.hidden_tiles["BLOCK_M"]),),
-            self.hat if self.kept is None else None,
-            self.branch_of(chunk),
-            self.kept,
-            self.fc1_weight,
-            self.fc1_factor,
-            self.fc1_bias,
-            self.folded_fc2_weight,
-            self.fc2_factor,
+            *self.hidden_operands(chunk),
             self.z,
             self.mean,
             self.rstd,
@@ -337,10 +336,7 @@ class MlpBackward:
             self.fc1_bias_parts,
             self.results[_Z],
             *self.place(chunk),
-            C=self.channels,
-            K=self.hidden,
-            TANH=self.tanh,
-            CHEAP=self.dtype != torch.float32,
+            **self.gelu_constants(),
             C0=c0,
             C1=c1,
             **self.hidden_tiles,
@@ -366,7 +362,7 @@ class MlpBackward:
             K=self.hidden,
             EPS=GRN_EPS,
             PART_ROWS=part_rows,
-            PARTS=max(1, min(launch.next_power_of_2(parts), 4096 // block_k)),
+            PARTS=max(1, min(launch.next_power_of_2(parts), 2048 // block_k)),
             BLOCK_K=block_k,
             num_warps=8,
         )
