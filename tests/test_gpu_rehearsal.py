@@ -97,7 +97,8 @@ def runs(request, entries, tmp_path_factory):
         return rehearse(entries, folder, ["gpu_block"], expression, "-x", "-p", "planted")
 
     with ThreadPoolExecutor(2) as pool:
-        names = [item.callspec.params["name"] for item in request.session.items if "runs" in item.fixturenames]
+        mine = [item for item in request.session.items if item.path == request.path and "runs" in item.fixturenames]
+        names = [item.callspec.params["name"] for item in mine]
         yield {name: pool.submit(run, name) for name in names}
         pool.shutdown(cancel_futures=True)
 
