@@ -9,7 +9,7 @@ Images are counted in the order of the rows (launch.sample_order), so that the p
 import triton
 import triton.language as tl
 
-from .launch import run
+from . import launch
 
 __all__ = ["images_in_tile", "launch_factors", "partials_shape", "store_squares"]
 
@@ -99,10 +99,10 @@ def launch_factors(partials, weight, live_count, factors, rows_per_sample, block
     """Fills factors (images, K) fp32 from the partial sums, for the first live_count (1,) images if that is given."""
     images, hidden = factors.shape
     # A program is alone with its image, and each turn of its loops waits for memory: few turns, of 4096 values.
-    tiles = -(-rows_per_sample // block_m) + (not per_sample)
-    parts = min(16, 1 << (tiles - 1).bit_length())
-    columns = min(4096 // parts, 1 << (hidden - 1).bit_length())
-    run(
+    tiles = launch.tiles_of(rows_per_sample, block_m) + (not per_sample)
+    parts = min(16, launch.next_power_of_2(tiles))
+    columns = min(4096 // parts, launch.next_power_of_2(hidden))
+    launch.run(
         _factors_kernel,
         (images,),
         partials,
