@@ -319,9 +319,10 @@ def model_cases(device_type: str, full: bool) -> list[ModelCase]:
     else:
         models, precisions = (("convnext_tiny", 2), ("convnextv2_tiny", 2)), ("fp32", "autocast-bf16")
     return [
+        # What a run's budget leaves out is at the end.
         ModelCase(model, task, 224, batch, precision)
+        for task in ("training", "inference")
         for model, batch in models
-        for task in ("inference", "training")
         for precision in precisions
     ]
 

@@ -21,6 +21,7 @@ import importlib.metadata
 import statistics
 import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -169,6 +170,13 @@ def measure(request: pytest.FixtureRequest, benchmark: Any) -> Any:
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info["convnext_kernels"] = config.stash[_STATE].facts()
     machine_info.get("cpu", {}).pop("flags", None)
+
+
+def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
+    """A copy without its repository, like a source distribution, has its commit in the file COMMIT."""
+    recorded = Path(__file__).resolve().parent.parent / "COMMIT"
+    if commit_info.get("id") in (None, "unknown", "unversioned") and recorded.is_file():
+        commit_info["id"] = recorded.read_text().strip()
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Qualifies this package on the NVIDIA GPU at hand: builds for it, tests it, measures it. No network is needed.
 #
-#   benchmarks/qualify.sh PART... [OUT_DIR]
+#   benchmarks/qualify.sh PART[=SECONDS]... [OUT_DIR]
 #
 #   build      compile for the GPUs present and install into the current Python environment
 #   test       pytest -m gpu, without the Triton kernels' own tests, which compile for minutes: those are test-triton;
-#              and without compute-sanitizer, which takes minutes: that is sanitize
+#              and without compute-sanitizer, which takes minutes: that is sanitize. With pytest-xdist the tests run in
+#              several processes (WORKERS, default: one a core, 16 at most).
 #   verify     every operator of every backend against fp64
 #   tune       the fastest configurations of the Triton kernels at the stages of ConvNeXt-T and -B, into OUT_DIR: what
 #              runs later with the same OUT_DIR runs with them
@@ -20,16 +21,17 @@
 #              by the next one with the same OUT_DIR.
 #   all        build, test, test-triton, sanitize, verify, tune, operators, models, blocks, counters, baseline
 #
-# Logs and JSON go to OUT_DIR (default: the environment variable OUT). Each part ends within 9 minutes (PART_SECONDS,
-# default 530); every part but the baseline installs first, which takes seconds where nothing changed. The exit code is
-# 0 only if every part succeeded. PYTHON names the interpreter (default: python3); it needs torch with CUDA, nvcc,
-# setuptools, ninja and pybind11, for the tests and the baseline pytest, timm and torchvision, and for the suite
-# pytest-benchmark.
+# Logs and JSON go to OUT_DIR (default: the environment variable OUT). Each part ends within its SECONDS (default: 530);
+# tests and cases that do not begin in time are left out, which fails a part of tests. Every part but the baseline
+# installs first, which takes seconds where nothing changed, or not at all where CONVNEXT_KERNELS_LIBRARY_DIR names a
+# folder with libraries that were compiled before, for this GPU and under any PyTorch from 2.11: then the checkout runs
+# with them (the part build compiles all the same). The exit code is 0 only if every part succeeded. PYTHON names the
+# interpreter (default: python3); it needs torch with CUDA, nvcc, setuptools, ninja and pybind11, for the tests and the
+# baseline pytest, timm and torchvision, and for the suite pytest-benchmark.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
-part_seconds=${PART_SECONDS:-530}
 
 usage() {
   sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" >&2
@@ -39,10 +41,13 @@ usage() {
 parts=()
 out=${OUT:-}
 while [ $# -gt 0 ]; do
-  case $1 in
+  case ${1%=*} in
     build | test | test-triton | sanitize | verify | tune | bench | operators | blocks | models | operators-compile | \
       blocks-compile | models-compile | counters | baseline | baseline-eager | baseline-torchvision | \
-      baseline-compile | baseline-max-autotune) parts+=("$1") ;;
+      baseline-compile | baseline-max-autotune)
+      [[ $1 =~ ^[a-z-]+(=[1-9][0-9]*)?$ ]] || usage
+      parts+=("$1")
+      ;;
     all) parts+=(build test test-triton sanitize verify tune operators models blocks counters baseline) ;;
     -*) usage ;;
     *)
@@ -62,6 +67,10 @@ fi
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 export CONVNEXT_KERNELS_CACHE_DIR=$out
+if [ -n "${CONVNEXT_KERNELS_LIBRARY_DIR:-}" ]; then
+  CONVNEXT_KERNELS_LIBRARY_DIR=$(cd "$CONVNEXT_KERNELS_LIBRARY_DIR" && pwd)
+  export CONVNEXT_KERNELS_LIBRARY_DIR PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+fi
 
 # Runs a command within what is left of the part's time, with its output in a log too.
 limited() {
@@ -76,37 +85,55 @@ limited() {
 }
 
 install_package() {
+  if [ "$1" != build ] && [ -n "${CONVNEXT_KERNELS_LIBRARY_DIR:-}" ]; then return; fi
   : > "$out/build.log"
   TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$(sort -u <<< "$capabilities" | paste -sd ';')} CONVNEXT_KERNELS_CUDA=1 \
     limited "$out/build.log" "$python" -m pip install --verbose --no-build-isolation --no-deps "$root"
+}
+
+# When the last test or case may begin: a third of the part before its end, or as many seconds as are given.
+budget() {
+  local margin=$((part_seconds / 3))
+  echo $((part_seconds - (margin < $1 ? margin : $1)))
+}
+
+# pytest -m gpu; what does not begin in time is left out, and listed.
+run_tests() {
+  local log=$1 workers=()
+  shift
+  if "$python" -c 'import xdist' 2> /dev/null; then
+    workers=(-n "${WORKERS:-$(($(nproc) < 16 ? $(nproc) : 16))}" --dist worksteal)
+  fi
+  : > "$log"
+  (cd "$root" && limited "$log" "$python" -m pytest -m gpu ${workers[@]+"${workers[@]}"} \
+    --test-budget "$(budget 40)" "$@")
 }
 
 run_part() {
   local part=$1 status=0
   case $part in
     build)
-      install_package
+      unset CONVNEXT_KERNELS_LIBRARY_DIR
+      install_package build
       # From elsewhere than the checkout, so that it is the installed package that answers.
-      (cd "$out" && limited "$out/build.log" "$python" -m convnext_kernels info)
+      (cd "$out" && limited "$out/build.log" env -u PYTHONPATH "$python" -m convnext_kernels info)
       ;;
     test)
-      install_package
-      : > "$out/test.log"
-      (cd "$root" && limited "$out/test.log" "$python" -m pytest -m gpu tests --ignore-glob='tests/test_gpu_triton*' \
-        --ignore=tests/test_gpu_sanitizer.py)
+      install_package "$part"
+      run_tests "$out/test.log" tests --ignore-glob='tests/test_gpu_triton*' \
+        --ignore=tests/test_gpu_sanitizer.py
       ;;
     test-triton)
-      install_package
-      : > "$out/test-triton.log"
-      (cd "$root" && limited "$out/test-triton.log" "$python" -m pytest -m gpu tests/test_gpu_triton*)
+      install_package "$part"
+      run_tests "$out/test-triton.log" "$root"/tests/test_gpu_triton*
       ;;
     sanitize)
-      install_package
+      install_package "$part"
       : > "$out/sanitize.log"
       (cd "$root" && limited "$out/sanitize.log" "$python" -m pytest -m gpu tests/test_gpu_sanitizer.py)
       ;;
     tune)
-      install_package
+      install_package "$part"
       : > "$out/tune.log"
       (cd "$out" && limited "$out/tune.log" "$python" -m convnext_kernels tune --batch 128 \
         --stages 96@56 192@28 384@14 768@7 128@56 256@28 512@14 1024@7) || status=$?
@@ -114,12 +141,12 @@ run_part() {
       [ $status -eq 0 ] || [ $status -eq 124 ] || return $status
       ;;
     verify | bench)
-      install_package
+      install_package "$part"
       : > "$out/$part.log"
       (cd "$out" && limited "$out/$part.log" "$python" -m convnext_kernels "$part" --device cuda --json "$out/$part.json")
       ;;
     operators* | blocks* | models*)
-      install_package
+      install_package "$part"
       : > "$out/$part.log"
       local file providers
       case $part in
@@ -131,12 +158,12 @@ run_part() {
         *-compile) providers="compile or autotune or ours] or eager] or timm]" ;;
         *) providers="not compile and not autotune" ;;
       esac
-      # No case begins in the last minute and a half; what was measured by then is in the file.
+      # What was measured by then is in the file.
       (cd "$root" && limited "$out/$part.log" "$python" -m pytest "$file" --benchmark-only -q --device cuda \
-        -k "$providers" --budget $((part_seconds > 90 ? part_seconds - 90 : 0)) --benchmark-json "$out/$part.json")
+        -k "$providers" --budget "$(budget 90)" --benchmark-json "$out/$part.json")
       ;;
     counters)
-      install_package
+      install_package "$part"
       : > "$out/$part.log"
       (cd "$root" && limited "$out/$part.log" "$python" -m benchmarks.counters --csv "$out/$part.csv" \
         --json "$out/$part.json")
@@ -155,6 +182,9 @@ run_part() {
 
 failed=()
 for part in "${parts[@]}"; do
+  part_seconds=530
+  if [[ $part == *=* ]]; then part_seconds=${part#*=}; fi
+  part=${part%=*}
   SECONDS=0
   echo "=== $part"
   # A shell of its own, because `set -e` is off inside the condition of an `if`.

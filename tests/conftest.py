@@ -1,6 +1,14 @@
-"""Fixtures for every test file."""
+"""Fixtures for every test file, and what a run of them is told.
 
+    pytest -m gpu -n 12                     in several processes, with pytest-xdist: the GPU's tests share it
+    pytest -m gpu --test-budget 500         no test begins after 500 seconds; the run fails if one is left out so
+"""
+
+import fcntl
+import os
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -8,6 +16,13 @@ import torch
 
 # For build_tools and benchmarks, which are not installed. At the end: the installed package stays the one under test.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+_LATE = "not begun: the budget of {:g} s had ended"
+_start = time.monotonic()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--test-budget", type=float, metavar="SECONDS", help="begin no test after so long, and fail then")
 
 
 def pytest_collection_modifyitems(items):
@@ -20,6 +35,23 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    budget = item.config.getoption("--test-budget")
+    if budget is not None and time.monotonic() - _start > budget:
+        pytest.skip(_LATE.format(budget))
+
+
+def pytest_sessionfinish(session):
+    """A run that left tests out for want of time has not passed."""
+    budget = session.config.getoption("--test-budget")
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if budget is None or reporter is None:  # None in a worker of pytest-xdist
+        return
+    if any(_LATE.format(budget) in str(report.longrepr) for report in reporter.stats.get("skipped", ())):
+        session.exitstatus = max(session.exitstatus, pytest.ExitCode.TESTS_FAILED)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
@@ -29,6 +61,24 @@ def seed():
 def fp32_convolutions(monkeypatch):
     """What ours is compared with is fp32 on a GPU too: cuDNN rounds the factors of a convolution to TF32 by default."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(autouse=True)
+def gpu_memory(request):
+    """Tests marked `gpu_memory(GiB)` skip where so much of the GPU's memory is not free, and run one at a time."""
+    marker = request.node.get_closest_marker("gpu_memory")
+    if marker is None:
+        yield
+        return
+    (gib,) = marker.args
+    # Processes that run tests side by side each see the same free memory.
+    with open(Path(tempfile.gettempdir()) / f"convnext_kernels-tests-{os.getuid()}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        free = torch.cuda.mem_get_info()[0]
+        if free < gib * 2**30:
+            pytest.skip(f"needs {gib} GiB of free GPU memory, and {free / 2**30:.1f} are")
+        yield
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

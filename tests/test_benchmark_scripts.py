@@ -97,13 +97,15 @@ def qualify(tmp_path, monkeypatch):
     calls = tmp_path / "calls"
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)  # it would show in every call
 
-    def start(*parts, gpu="echo 9.0; echo 9.0", python="exit 0", **environment):
+    def start(*parts, gpu="echo 9.0; echo 9.0", python="exit 0", xdist=False, **environment):
+        python = f'[ "$*" = "-c import xdist" ] && exit {int(not xdist)}\n{python}'
         for name, body in (("nvidia-smi", gpu), ("python", f'echo "$TORCH_CUDA_ARCH_LIST $*" >> {calls}\n{python}')):
             (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
             (tmp_path / name).chmod(0o755)
         environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"), **environment}
         done = run("bash", ROOT / "benchmarks" / "qualify.sh", *parts, cwd=tmp_path, **environment)
-        return done, calls.read_text().splitlines() if calls.exists() else []
+        listed = calls.read_text().splitlines() if calls.exists() else []
+        return done, [call for call in listed if "import xdist" not in call]
 
     return start
 
@@ -112,14 +114,15 @@ def test_qualify_runs_every_part(qualify, tmp_path):
     done, calls = qualify("all", tmp_path / "out")
     assert done.returncode == 0, done.stdout + done.stderr
     install = f"9.0 -m pip install --verbose --no-build-isolation --no-deps {ROOT}"
-    triton = " ".join(f"tests/{path.name}" for path in sorted((ROOT / "tests").glob("test_gpu_triton*")))
+    triton = " ".join(map(str, sorted((ROOT / "tests").glob("test_gpu_triton*"))))
+    tests = "-m pytest -m gpu --test-budget 490"
     assert [re.split(r" --(?:benchmark-)?json| --out", call)[0].strip() for call in calls] == [
         install,
         "-m convnext_kernels info",
         install,
-        "-m pytest -m gpu tests --ignore-glob=tests/test_gpu_triton* --ignore=tests/test_gpu_sanitizer.py",
+        f"{tests} tests --ignore-glob=tests/test_gpu_triton* --ignore=tests/test_gpu_sanitizer.py",
         install,
-        f"-m pytest -m gpu {triton}",
+        f"{tests} {triton}",
         install,
         "-m pytest -m gpu tests/test_gpu_sanitizer.py",
         install,
@@ -176,14 +179,41 @@ def test_qualify_is_honest_about_failures(qualify, tmp_path):
 
 def test_qualify_keeps_to_its_time(qualify, tmp_path):
     start = time.monotonic()
-    done, _ = qualify("bench", tmp_path / "out", python="exec sleep 60", PART_SECONDS="1")
+    done, _ = qualify("bench=1", tmp_path / "out", python="exec sleep 60")
     assert done.returncode == 1
     assert "=== bench: FAILED with exit code 124" in done.stderr
     assert time.monotonic() - start < 30
+    done, calls = qualify("test=90", "models=300", "operators=60", tmp_path / "out")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [int(found[1]) for call in calls if (found := re.search(r"budget (\d+)", call))] == [60, 210, 40]
+
+
+def test_qualify_runs_the_tests_in_several_processes_where_it_can(qualify, tmp_path):
+    done, calls = qualify("test", "test-triton", tmp_path / "out", xdist=True, WORKERS="5")
+    assert done.returncode == 0, done.stdout + done.stderr
+    tests = [call for call in calls if "pytest" in call]
+    assert len(tests) == 2
+    assert all(" -m gpu -n 5 --dist worksteal --test-budget 490 " in call for call in tests)
+
+
+def test_qualify_runs_the_checkout_with_libraries_that_are_there(qualify, tmp_path):
+    (tmp_path / "libraries").mkdir()
+    shown = 'echo "libraries $CONVNEXT_KERNELS_LIBRARY_DIR path $PYTHONPATH"'
+    environment = {"CONVNEXT_KERNELS_LIBRARY_DIR": "libraries", "PYTHONPATH": ""}
+    done, calls = qualify("verify", "build", "out", python=shown, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [("pip install" in call, call.split()[-1]) for call in calls] == [
+        (False, f"{tmp_path}/out/verify.json"),
+        (True, str(ROOT)),
+        (False, "info"),
+    ]
+    assert (tmp_path / "out" / "verify.log").read_text() == f"libraries {tmp_path}/libraries path {ROOT}\n"
+    # What was installed answers for itself.
+    assert (tmp_path / "out" / "build.log").read_text().splitlines()[-1] == "libraries  path "
 
 
 def test_qualify_takes_unfinished_tuning_for_a_success(qualify, tmp_path):
-    done, _ = qualify("tune", tmp_path / "out", python='case "$*" in *tune*) exec sleep 60;; esac', PART_SECONDS="3")
+    done, _ = qualify("tune=3", tmp_path / "out", python='case "$*" in *tune*) exec sleep 60;; esac')
     assert done.returncode == 0, done.stdout + done.stderr
     done, _ = qualify("tune", tmp_path / "out", python='case "$*" in *tune*) exit 2;; esac')
     assert done.returncode == 1
@@ -201,10 +231,11 @@ def test_qualify_takes_an_unfinished_baseline_for_a_success(qualify, tmp_path):
 @pytest.mark.parametrize(
     ("parts", "options", "message"),
     [
-        (["tset", "bench"], {}, "benchmarks/qualify.sh PART... [OUT_DIR]"),
-        (["--fast"], {}, "benchmarks/qualify.sh PART... [OUT_DIR]"),
-        ([], {}, "benchmarks/qualify.sh PART... [OUT_DIR]"),
-        (["build"], {"OUT": ""}, "benchmarks/qualify.sh PART... [OUT_DIR]"),
+        (["tset", "bench"], {}, "benchmarks/qualify.sh PART[=SECONDS]... [OUT_DIR]"),
+        (["test=9m", "out"], {}, "benchmarks/qualify.sh PART[=SECONDS]... [OUT_DIR]"),
+        (["--fast"], {}, "benchmarks/qualify.sh PART[=SECONDS]... [OUT_DIR]"),
+        ([], {}, "benchmarks/qualify.sh PART[=SECONDS]... [OUT_DIR]"),
+        (["build"], {"OUT": ""}, "benchmarks/qualify.sh PART[=SECONDS]... [OUT_DIR]"),
         (["build", "out"], {"gpu": "exit 9"}, "nvidia-smi finds no GPU"),
     ],
 )

@@ -19,7 +19,7 @@ import convnext_kernels  # first: the one that is installed, where there is one
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 try:
-    from benchmarks import blocks, cases, comparison, floors, goals, models, providers, report, timing
+    from benchmarks import blocks, cases, comparison, conftest, floors, goals, models, providers, report, timing
 finally:
     sys.path.remove(str(ROOT))
 
@@ -488,6 +488,15 @@ def test_parts_of_the_suite_are_read_as_one(recorded, tmp_path):
 
 
 # --- floors
+
+
+@pytest.mark.parametrize(("known", "said"), [("unversioned", "0123456789ab"), ("fedcba", "fedcba")])
+def test_the_commit_of_a_copy_without_its_repository(tmp_path, monkeypatch, known, said):
+    monkeypatch.setattr(conftest, "__file__", str(tmp_path / "benchmarks" / "conftest.py"))
+    (tmp_path / "COMMIT").write_text("0123456789ab\n")
+    commit = {"id": known, "dirty": False}
+    conftest.pytest_benchmark_update_commit_info(None, commit)
+    assert commit == {"id": said, "dirty": False}
 
 
 def test_floors():

@@ -157,10 +157,9 @@ def test_no_synchronisation():
         torch.cuda.set_sync_debug_mode(before)
 
 
+@pytest.mark.gpu_memory(20)
 def test_more_than_2_to_31_elements():
     rows, columns = 2**31 // 3072 + 5, 3072
-    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
-        pytest.skip("needs 20 GiB of free GPU memory")
     x = torch.zeros(rows, columns, device=DEVICE, dtype=torch.bfloat16)
     x[-3:] = torch.randn(3, columns, device=DEVICE).to(torch.bfloat16)
     bias = torch.randn(columns, device=DEVICE)

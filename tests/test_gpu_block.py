@@ -207,10 +207,9 @@ def test_what_is_kept_for_the_backward(mode, use_grn):
     assert held <= 1.01 * allowed + 2**22, f"{held / elements:.2f} bytes an element instead of {allowed / elements:.2f}"
 
 
+@pytest.mark.gpu_memory(16)
 @every_block
 def test_peak_of_a_training_step_is_below_eagers(use_grn):
-    if torch.cuda.mem_get_info()[0] < 16 * 2**30:
-        pytest.skip("needs 16 GiB of free GPU memory")
     peaks = []
     for make in BLOCKS:
         step = Step("autocast-bf16", use_grn, (256, 96, 56, 56), False, make)
@@ -234,10 +233,9 @@ def test_peak_of_a_training_step_is_below_eagers(use_grn):
     assert ours <= 0.7 * eager, f"{ours / 2**20:.0f} MiB, eager {eager / 2**20:.0f} MiB"
 
 
+@pytest.mark.gpu_memory(56)
 @every_block
 def test_more_than_2_to_31_elements(use_grn):
-    if torch.cuda.mem_get_info()[0] < 56 * 2**30:
-        pytest.skip("needs 56 GiB of free GPU memory")
     shape = (2**31 // (96 * 56 * 56) + 3, 96, 56, 56)
     step = Step("bf16", use_grn, (2, *shape[1:]), dropped=False)
     small = copies(step.run())

@@ -286,10 +286,9 @@ def test_no_synchronisation(shape):
         torch.cuda.set_sync_debug_mode(before)
 
 
+@pytest.mark.gpu_memory(24)
 def test_more_than_2_to_31_elements():
     shape = (2**31 // (96 * 56 * 56) + 3, 96, 56, 56, 7, 1)
-    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
-        pytest.skip("needs 24 GiB of free GPU memory")
     x = torch.zeros(shape[:4], device=DEVICE, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     x[-2:] = images(2, *shape[1:4], torch.bfloat16)
     last = x[-2:].contiguous(memory_format=torch.channels_last)

@@ -220,10 +220,9 @@ def test_no_synchronisation():
         torch.cuda.set_sync_debug_mode(before)
 
 
+@pytest.mark.gpu_memory(24)
 def test_more_than_2_to_31_elements():
     rows, channels = 2**31 // 96 + 5, 96
-    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
-        pytest.skip("needs 24 GiB of free GPU memory")
     x = torch.zeros(rows, channels, device="cuda", dtype=torch.bfloat16)
     x[-3:] = torch.randn(3, channels, device="cuda").to(torch.bfloat16)
     weight, bias = torch.randn(channels, device="cuda"), torch.randn(channels, device="cuda")

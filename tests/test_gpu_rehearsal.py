@@ -109,6 +109,8 @@ def test_rehearsal(runs, name):
     least, expected = EXPECTED[name]
     assert passed(done) >= least
     assert ran.keys() >= expected
+    if name == "operators":
+        assert len(re.findall(r"needs 2\d GiB of free GPU memory, and 8.0 are", done.stdout)) == 2
 
 
 def test_script_for_compute_sanitizer(entries, tmp_path):

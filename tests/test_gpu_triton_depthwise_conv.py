@@ -188,10 +188,9 @@ def test_wrong_arguments_are_named():
         ops.depthwise_conv2d(x.double(), weight.double(), None, 1, None)
 
 
+@pytest.mark.gpu_memory(20)
 @pytest.mark.skipif(launch.INTERPRETED, reason="a tensor of 8 GiB is for a GPU")
 def test_more_elements_than_32_bits_count():
-    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
-        pytest.skip("needs 20 GiB of free GPU memory")
     # The last sample lies beyond element 2^31.
     x = torch.zeros(3, 1024, 1024, 1024, dtype=torch.float16, device=DEVICE).permute(0, 3, 1, 2)
     x[-1, :, -9:, -9:] = images(1, 1024, 9, 9, torch.float16)[0]

@@ -321,11 +321,10 @@ def test_side_stream_graph_and_no_synchronisation(name, grn):
             assert all(torch.equal(a, b) for a, b in zip(captured, layer_norm_mlp(*arguments)))
 
 
+@pytest.mark.gpu_memory(30)
 @on_a_gpu_only
 @pytest.mark.parametrize("name", FORMS)
 def test_more_than_2_to_31_elements(name):
-    if torch.cuda.mem_get_info()[0] < 30 * 2**30:
-        pytest.skip("needs 30 GiB of free GPU memory")
     channels = 384
     rows = 2**31 // channels + 5
     case = Case("bf16", (1, 8, channels), residual=False)
