@@ -45,7 +45,7 @@ PAGE = "\n".join(
         SPIN,
         "==WARNING== a remark of the tool's",
         kernel("_convolution_kernel", "", "20.25", "n/a", "80", "25", "0.5", "2.5", "1", "3"),
-        kernel("_add_rows_kernel", "1", "2", "32", "3", "4", "0", "0", "1", "0"),
+        kernel("column_sums_kernel", "1", "2", "32", "3", "4", "0", "0", "1", "0"),
     ]
 )
 
@@ -99,7 +99,7 @@ def test_the_command(ncu, tmp_path, capsys):
     assert "long_scoreboard 9.5, barrier 0.2" in out
     assert [row["kernel"] for row in json.loads((tmp_path / "out.json").read_text())][1:] == [
         "_convolution_kernel",
-        "_add_rows_kernel",
+        "column_sums_kernel",
     ]
     call = json.loads((tmp_path / "call.json").read_text())
     target = call[call.index(sys.executable) :]

@@ -266,6 +266,38 @@ def test_double_backward_raises_in_every_form(index):
         dx.square().sum().backward()
 
 
+@pytest.mark.parametrize("operator", ["layer_norm_mlp", "convnext_block"])
+@pytest.mark.parametrize("mixed", [False, True], ids=["bf16", "with an fp32 parameter"])
+def test_gradients_are_in_the_parameters_dtypes(operator, mixed, monkeypatch):
+    """What is not fp32 is cast in one launch, or, with create_graph, so that a double backward meets its error."""
+    casts = []
+    foreach_copy = torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda *lists: casts.append(len(lists[0])) or foreach_copy(*lists))
+    x = images(2, 4, 3, 3, torch.bfloat16, True)
+    parameters = mlp_parameters(4, 8, torch.bfloat16, grn=True, requires_grad=True)
+    if mixed:
+        parameters[0] = values(4, requires_grad=True)
+    convolution = [values(4, 1, 3, 3, dtype=torch.bfloat16, requires_grad=True)] if operator == "convnext_block" else []
+
+    def grads(**options):
+        with torch.autocast(device_type(), torch.bfloat16, enabled=mixed):
+            if convolution:
+                y = ck.convnext_block(x, *convolution, None, *parameters)
+            else:
+                y = ck.layer_norm_mlp(x.permute(0, 2, 3, 1), None, *parameters)
+        return torch.autograd.grad(y.float().square().sum(), [*convolution, *parameters], **options)
+
+    at_once = grads()
+    assert [g.dtype for g in at_once] == [p.dtype for p in [*convolution, *parameters]]
+    assert casts == [len(convolution) + len(parameters) - mixed]
+    casts.clear()
+    one_by_one = grads(create_graph=True)
+    assert casts == []
+    assert all(torch.equal(a, b) for a, b in zip(at_once, one_by_one, strict=True))
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        torch.autograd.grad(one_by_one[-1].float().sum(), x)
+
+
 # --- dtypes and autocast
 
 

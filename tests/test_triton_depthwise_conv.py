@@ -50,10 +50,10 @@ def test_tuned_kernels_compile_without_stack_and_shared_memory(case, chip):
         names.add(code.name)
         assert code.stack == 0, f"{code.name} spills {code.stack} bytes on sm_{chip}"
         assert code.shared <= 1024  # of the pass that adds the partials up
-        if code.name != "_add_rows_kernel":
+        if code.name != "column_sums_kernel":
             # Eight warps a multiprocessor and more: two on each of its schedulers.
             assert code.registers <= 240, f"{code.name} takes {code.registers} registers on sm_{chip}"
-    assert names == {"_convolution_kernel", "_weight_gradient_kernel", "_add_rows_kernel"}
+    assert names == {"_convolution_kernel", "_weight_gradient_kernel", "column_sums_kernel"}
 
 
 @pytest.mark.parametrize("kernel,stride", [(3, 1), (9, 1), (7, 2)])
@@ -81,7 +81,7 @@ def test_the_main_loop_reuses_what_it_loads():
 def test_strips_bands_and_programs(chip):
     for n, c, size in ((128, 96, 56), (1, 96, 56), (128, 768, 7), (3, 40, 13), (1, 3, 1), (2, 64, 600)):
         for recorded in launches(chip, n, c, size, size, 7, 1, torch.bfloat16, torch.bfloat16):
-            if recorded.kernel.__name__ == "_add_rows_kernel":
+            if recorded.kernel.__name__ == "column_sums_kernel":
                 continue
             height, width, tasks, strips, bands, band_rows = recorded.arguments[-6:]
             constants, grid = recorded.constants, recorded.grid

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import config, launch
 from .device import gelu, gelu_derivative, load_columns
-from .partials import add_rows
+from .partials import sum_partials
 
 __all__ = ["bias_gelu", "bias_gelu_backward"]
 
@@ -129,4 +129,7 @@ def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor | None, approximate
     partials = torch.empty((programs if hidden else 0, hidden), dtype=torch.float32, device=x.device)
     with launch.device_guard(x):
         launch.run(_backward_kernel, (programs, columns), grad, x, bias, dx, partials, rows, **constants)
-        return dx, add_rows(partials, hidden) if hidden else partials.view(0)
+        dbias = torch.empty((hidden,), dtype=torch.float32, device=x.device)
+        if hidden:
+            sum_partials((partials, dbias))
+    return dx, dbias

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config, launch
-from .partials import add_rows
+from .partials import sum_partials
 
 __all__ = ["depthwise_conv2d", "depthwise_conv2d_cast", "depthwise_conv2d_input_grad", "depthwise_conv2d_weight_grad"]
 
@@ -448,10 +448,10 @@ def depthwise_conv2d_weight_grad(
     launch.check_tensors(name, "grad", grad=grad_rows, sample_scale=sample_scale)
     n, height, width, channels = rows.shape
     taps = kernel_size * kernel_size
+    dweight = grad.new_empty((channels, 1, kernel_size, kernel_size), dtype=torch.float32)
+    dbias = grad.new_empty((channels,), dtype=torch.float32)
     if n == 0:
-        return grad.new_zeros((channels, 1, kernel_size, kernel_size), dtype=torch.float32), grad.new_zeros(
-            (channels,), dtype=torch.float32
-        )
+        return dweight.zero_(), dbias.zero_()
     with launch.device_guard(grad):
         if stride == 1:
             grid, shape, constants = _plan("depthwise_conv_weight_gradient", rows, kernel_size)
@@ -468,5 +468,6 @@ def depthwise_conv2d_weight_grad(
             constants = {"C": channels, "K": kernel_size, "STRIDE": stride, **blocks}
             tensors = grad_rows, rows, sample_scale, partials
             launch.run(_strided_weight_gradient_kernel, grid, *tensors, *shape, **constants)
-        weights_last = add_rows(partials[:, : taps * channels], channels)
-        return weights_last.view(channels, 1, kernel_size, kernel_size), add_rows(partials[:, taps * channels :], 1)
+        of_weight, of_bias = partials.split((taps * channels, channels), 1)
+        sum_partials((of_weight, dweight), (of_bias, dbias), inner=channels)
+    return dweight, dbias

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import config, launch
 from .device import load_columns, row_statistics
-from .partials import add_rows
+from .partials import sum_partials
 
 __all__ = ["layer_norm", "layer_norm_backward"]
 
@@ -320,6 +320,10 @@ def layer_norm_backward(
     vectors = needs_weight + needs_bias
     none_wanted = torch.empty((0,), dtype=torch.float32, device=x.device)
     dx = torch.empty_like(x) if needs_x else none_wanted
+    dweight, dbias = (
+        torch.empty((channels,), dtype=torch.float32, device=x.device) if needed else none_wanted
+        for needed in (needs_weight, needs_bias)
+    )
     with launch.device_guard(x):
         programs = _PROGRAMS_A_MULTIPROCESSOR * launch.chip_of(x).multiprocessors
         needs = {"NEEDS_WEIGHT": needs_weight, "NEEDS_BIAS": needs_bias}
@@ -342,10 +346,6 @@ def layer_norm_backward(
                 tensors = grad, x, mean, rstd, partials
                 grid = (programs, column_blocks)
                 launch.run(_long_parameter_gradient_kernel, grid, *tensors, rows, **needs, **options)
-        if not vectors:
-            return dx, none_wanted, none_wanted
-        sums = add_rows(partials, vectors * channels)
-    dweight = sums[:channels] if needs_weight else none_wanted
-    # A result may not alias another: each has memory of its own.
-    dbias = (sums[channels:].clone() if needs_weight else sums) if needs_bias else none_wanted
+        wanted = [each for each, needed in ((dweight, needs_weight), (dbias, needs_bias)) if needed]
+        sum_partials(*zip(partials.split(channels, 1), wanted))
     return dx, dweight, dbias

@@ -10,17 +10,7 @@ from torch import Tensor
 from ..reference import GRN_EPS
 from . import config, launch
 from .mlp_backward_config import MOST_ROW_COLUMNS, weight_splits
-from .mlp_backward_passes import (
-    column_sums_kernel,
-    fc1_gradients_kernel,
-    fc2_gradients_kernel,
-    fold_layer_scale_kernel,
-    fold_norm_kernel,
-    grn_activation_kernel,
-    grn_factors_kernel,
-    norm_backward_kernel,
-    prepare_kernel,
-)
+from .mlp_backward_passes import grn_activation_kernel, grn_factors_kernel, norm_backward_kernel, prepare_kernel
 from .mlp_backward_products import (
     hidden_gradients_kernel,
     input_gradient_kernel,
@@ -28,6 +18,8 @@ from .mlp_backward_products import (
     row_gradients_kernel,
     weight_gradient_kernel,
 )
+from .mlp_backward_weights import fold_weights_kernel, parameter_gradients_kernel
+from .partials import sum_partials
 
 __all__ = ["MlpBackward"]
 
@@ -38,7 +30,6 @@ _Z, _NORM_WEIGHT, _NORM_BIAS, _FC1_WEIGHT, _FC1_BIAS, _GRN_WEIGHT, _GRN_BIAS, _F
 
 _ACTIVATION_ROWS, _ACTIVATION_COLUMNS = 16, 128  # a step of GRN's second pass
 _SEGMENT_ROWS = 256  # of an image, for a program of it
-_FINISH_ROWS, _FINISH_COLUMNS = 16, 64  # a tile of W1's gradient, for a program
 
 
 class _Chunk(NamedTuple):
@@ -82,10 +73,7 @@ class MlpBackward:
 
         self.given_fc1_weight, self.given_fc1_bias = fc1_weight, fc1_bias
         self.fc1_weight = self.fc1_factor = self.fc1_bias = self.folded_fc2_weight = self.fc2_factor = None
-        if recomputed or wanted[_Z]:
-            self.fold_norm()
-        if self.grad_activated:
-            self.fold_layer_scale()
+        self.fold(recomputed or wanted[_Z], self.grad_activated)
 
     def config(self, kernel: str) -> dict[str, int]:
         chosen = config.choose(
@@ -99,48 +87,49 @@ class MlpBackward:
     def result(self, gradient: int) -> Tensor | None:
         return self.results[gradient] if self.wanted[gradient] else None
 
-    def fold_norm(self) -> None:
-        if self.norm_weight is None and self.norm_bias is None:
+    def fold(self, fc1: bool, fc2: bool) -> None:
+        """The weights that the products read, LayerNorm's affine part and layer scale in them."""
+        if fc1 and self.norm_weight is None and self.norm_bias is None:
             self.fc1_weight, self.fc1_bias = self.given_fc1_weight.to(self.dtype), self.given_fc1_bias
-            return
-        self.fc1_weight = self.new(self.hidden, self.channels, dtype=self.dtype)
-        self.fc1_bias = self.new(self.hidden)
-        if self.norm_weight is not None:
-            self.fc1_factor = self.new(1)
-        arguments = self.given_fc1_weight, self.given_fc1_bias, self.norm_weight, self.norm_bias
-        outputs = self.fc1_weight, self.fc1_factor, self.fc1_bias
-        columns = launch.next_power_of_2(self.channels)
-        rows = max(1, min(16, 4096 // columns))
-        launch.run(
-            fold_norm_kernel,
-            (launch.tiles_of(self.hidden, rows),),
-            *arguments,
-            *outputs,
-            C=self.channels,
-            K=self.hidden,
-            COLUMNS=columns,
-            BLOCK_K=rows,
-            num_warps=4,
-        )
-
-    def fold_layer_scale(self) -> None:
-        if self.layer_scale is None:
+            fc1 = False
+        if fc2 and self.layer_scale is None:
             self.folded_fc2_weight = self.fc2_weight.to(self.dtype)
+            fc2 = False
+        if not fc1 and not fc2:
             return
-        self.folded_fc2_weight = self.new(self.channels, self.hidden, dtype=self.dtype)
-        self.fc2_factor = self.new(1)
+        if fc1:
+            self.fc1_weight = self.new(self.hidden, self.channels, dtype=self.dtype)
+            self.fc1_bias = self.new(self.hidden)
+            if self.norm_weight is not None:
+                self.fc1_factor = self.new(1)
+        if fc2:
+            self.folded_fc2_weight = self.new(self.channels, self.hidden, dtype=self.dtype)
+            self.fc2_factor = self.new(1)
+        columns = launch.next_power_of_2(self.channels)
+        fc1_rows, block_c, block_k = max(1, min(16, 4096 // columns)), 16, 128
+        fc1_tiles = launch.tiles_of(self.hidden, fc1_rows) if fc1 else 0
+        fc2_tiles = launch.tiles_of(self.channels, block_c) * launch.tiles_of(self.hidden, block_k) if fc2 else 0
         launch.run(
-            fold_layer_scale_kernel,
-            (launch.tiles_of(self.channels, 16), launch.tiles_of(self.hidden, 128)),
+            fold_weights_kernel,
+            (fc1_tiles + fc2_tiles,),
+            self.given_fc1_weight,
+            self.given_fc1_bias,
+            self.norm_weight,
+            self.norm_bias,
+            self.fc1_weight if fc1 else None,
+            self.fc1_factor,
+            self.fc1_bias if fc1 else None,
             self.fc2_weight,
             self.layer_scale,
-            self.folded_fc2_weight,
+            self.folded_fc2_weight if fc2 else None,
             self.fc2_factor,
             C=self.channels,
             K=self.hidden,
-            COLUMNS=launch.next_power_of_2(self.channels),
-            BLOCK_C=16,
-            BLOCK_K=128,
+            COLUMNS=columns,
+            FC1_TILES=fc1_tiles,
+            FC1_ROWS=fc1_rows,
+            BLOCK_C=block_c,
+            BLOCK_K=block_k,
             num_warps=4,
         )
 
@@ -184,10 +173,11 @@ class MlpBackward:
 
         p, q, r = (self.weight_tiles[name] for name in ("BLOCK_P", "BLOCK_Q0", "BLOCK_R"))
         q += self.weight_tiles["BLOCK_Q1"]
-        tiles, multiprocessors = launch.tiles_of(k, p) * launch.tiles_of(c, q), launch.chip_of(self.z).multiprocessors
+        weights = max(1, self.fc1_sums + self.fc2_sums)
+        tiles = launch.tiles_of(k, p) * launch.tiles_of(c, q) * weights
+        multiprocessors = launch.chip_of(self.z).multiprocessors
         # Parts are written and read by every chunk, fp32.
         splits = weight_splits(tiles, 2 * p * q, 8 * p * q, chunks[0].rows, r, multiprocessors)
-        weights = max(1, self.fc1_sums + self.fc2_sums)
         self.splits = max(1, min(splits, workspace_bytes // 4 // (4 * c * k * weights)))
         self.allocate(chunks[0].rows)
         return chunks
@@ -220,6 +210,7 @@ class MlpBackward:
         if self.fc2_sums:
             direct = self.splits == 1 and self.wanted[_FC2_WEIGHT]
             self.fc2_parts = self.results[_FC2_WEIGHT] if direct else self.new(self.splits, c, k)
+        self.grn_weight_parts = self.grn_bias_parts = None
         tiles = launch.tiles_of(rows, self.hidden_tiles["BLOCK_M"])
         if self.grn_weight is None:
             if self.fc1_bias_sums:
@@ -256,10 +247,8 @@ class MlpBackward:
             self.hidden_gradients(chunk)
         if self.grn_weight is not None:
             self.grn(chunk)
-        if self.fc2_sums:
-            self.weight_gradient(chunk, self.g, self.branch_of(chunk), self.fc2_parts, 1, self.hidden)
-        if self.fc1_sums:
-            self.weight_gradient(chunk, self.dh, self.hat, self.fc1_parts, self.channels, 1)
+        if self.fc1_sums or self.fc2_sums:
+            self.weight_gradients(chunk)
         if self.wanted[_Z] and not self.fused_rows:
             self.norm_gradient(chunk)
 
@@ -390,22 +379,17 @@ class MlpBackward:
             num_warps=8,
         )
 
-    def weight_gradient(
-        self, chunk: _Chunk, wide: Tensor, narrow: Tensor, parts: Tensor, stride_p: int, stride_q: int
-    ) -> None:
+    def weight_gradients(self, chunk: _Chunk) -> None:
         tile = self.weight_tiles
         tiles_q = launch.tiles_of(self.channels, tile["BLOCK_Q0"] + tile["BLOCK_Q1"])
         launch.run(
             weight_gradient_kernel,
-            (launch.tiles_of(self.hidden, tile["BLOCK_P"]) * tiles_q, self.splits),
-            wide,
-            narrow,
-            parts,
+            (launch.tiles_of(self.hidden, tile["BLOCK_P"]) * tiles_q, self.splits, self.fc1_sums + self.fc2_sums),
+            *((self.dh, self.hat, self.fc1_parts) if self.fc1_sums else (None, None, None)),
+            *((self.g, self.branch_of(chunk), self.fc2_parts) if self.fc2_sums else (None, None, None)),
             self.live_count,
             *self.place(chunk),
             self.splits,
-            stride_p,
-            stride_q,
             P=self.hidden,
             Q=self.channels,
             **tile,
@@ -429,96 +413,62 @@ class MlpBackward:
 
     def finish(self) -> None:
         """From parts to results."""
-        if self.wanted[_GRN_WEIGHT]:
-            self.sum_parts(self.grn_weight_parts, self.results[_GRN_WEIGHT])
-        if self.wanted[_GRN_BIAS]:
-            self.sum_parts(self.grn_bias_parts, self.results[_GRN_BIAS])
-        self.finish_fc1()
-        self.finish_fc2()
+        c, k, result = self.channels, self.hidden, self.result
+        norm_weight, norm_bias = result(_NORM_WEIGHT), result(_NORM_BIAS)
+        grad_fc1, grad_fc2, scaled = result(_FC1_WEIGHT), result(_FC2_WEIGHT), self.layer_scale is not None
 
-    def finish_fc1(self) -> None:
-        fc1_bias = None
+        sums: list[tuple[Tensor, Tensor]] = []
+        fc1_bias = branch = None
         if self.fc1_bias_sums:
-            wanted = self.result(_FC1_BIAS)
-            fc1_bias = self.sum_parts(self.fc1_bias_parts, wanted if wanted is not None else self.new(self.hidden))
-        norm = self.wanted[_NORM_WEIGHT] or self.wanted[_NORM_BIAS]
-        sums = self.sum_splits(self.fc1_parts, self.result(_FC1_WEIGHT)) if self.fc1_sums else None
-        folded = sums is not None and (self.norm_weight is not None or self.norm_bias is not None)
-        if not norm and not folded:
+            fc1_bias = self.results[_FC1_BIAS] if self.wanted[_FC1_BIAS] else self.new(k)
+            sums.append((self.fc1_bias_parts, fc1_bias))
+        if self.branch_sums:
+            branch = self.new(c) if scaled else self.results[_FC2_BIAS]
+            sums.append((self.branch_parts, branch))
+        for gradient, parts in ((_GRN_WEIGHT, self.grn_weight_parts), (_GRN_BIAS, self.grn_bias_parts)):
+            if self.wanted[gradient]:
+                sums.append((parts, self.results[gradient]))
+        sum_partials(*sums)
+
+        of_norm = norm_weight is not None or norm_bias is not None
+        folded = self.norm_weight is not None or self.norm_bias is not None
+        fc1 = of_norm or (grad_fc1 is not None and (folded or self.splits > 1))
+        fc2 = (self.fc2_sums or self.branch_sums) if scaled else self.fc2_sums and self.splits > 1
+        if not fc1 and not fc2:
             return
-        tiles_k = launch.tiles_of(self.hidden, _FINISH_ROWS)
-        norm_parts = self.new(tiles_k, 2, self.channels) if norm else None
+        # Small weights have many splits: small tiles of them, for many programs. Larger ones make ptxas spill.
+        block_k, block_c = 8, 64 if c >= 256 else 32
+        tiles_k = launch.tiles_of(k, block_k)
+        fc1_tiles = tiles_k * launch.tiles_of(c, block_c) if fc1 else 0
+        norm_weight_parts = None if norm_weight is None else self.new(tiles_k, c)
+        norm_bias_parts = None if norm_bias is None else self.new(tiles_k, c)
         launch.run(
-            fc1_gradients_kernel,
-            (tiles_k, launch.tiles_of(self.channels, _FINISH_COLUMNS)),
-            sums,
+            parameter_gradients_kernel,
+            (fc1_tiles + (c if fc2 else 0),),
+            self.fc1_parts,
             fc1_bias,
             self.given_fc1_weight,
             self.norm_weight,
             self.norm_bias,
-            self.result(_FC1_WEIGHT),
-            norm_parts,
-            C=self.channels,
-            K=self.hidden,
-            BLOCK_K=_FINISH_ROWS,
-            BLOCK_C=_FINISH_COLUMNS,
-            num_warps=4,
-        )
-        for i, gradient in enumerate((_NORM_WEIGHT, _NORM_BIAS)):
-            if self.wanted[gradient]:
-                self.sum_parts(norm_parts, self.results[gradient], 2 * self.channels, i * self.channels)
-
-    def finish_fc2(self) -> None:
-        scaled = self.layer_scale is not None
-        sums = branch_sums = None
-        if self.fc2_sums:
-            sums = self.sum_splits(self.fc2_parts, self.result(_FC2_WEIGHT))
-        if self.branch_sums:
-            branch_sums = self.new(self.channels) if scaled else self.results[_FC2_BIAS]
-            self.sum_parts(self.branch_parts, branch_sums)
-        if not scaled or (sums is None and branch_sums is None):
-            return
-        launch.run(
-            fc2_gradients_kernel,
-            (launch.tiles_of(self.channels, 4),),
-            sums,
-            branch_sums,
+            grad_fc1,
+            norm_weight_parts,
+            norm_bias_parts,
+            self.fc2_parts,
+            branch,
             self.fc2_weight,
             self.fc2_bias,
             self.layer_scale,
-            self.result(_FC2_WEIGHT),
-            self.result(_FC2_BIAS),
-            self.result(_LAYER_SCALE),
-            C=self.channels,
-            K=self.hidden,
-            BLOCK_C=4,
-            BLOCK_K=256,
+            grad_fc2,
+            result(_FC2_BIAS) if scaled else None,
+            result(_LAYER_SCALE),
+            self.splits,
+            C=c,
+            K=k,
+            FC1_TILES=fc1_tiles,
+            BLOCK_K=block_k,
+            BLOCK_C=block_c,
+            COLUMNS=min(512, launch.next_power_of_2(k)),
             num_warps=4,
         )
-
-    def sum_splits(self, parts: Tensor, result: Tensor | None) -> Tensor:
-        """The sum of a weight's parts, in `result` where that is given."""
-        if self.splits == 1:
-            return parts
-        return self.sum_parts(parts, self.new(*parts.shape[1:]) if result is None else result)
-
-    def sum_parts(self, parts: Tensor, result: Tensor, stride: int | None = None, first: int = 0) -> Tensor:
-        """result = the sum of the parts, each `stride` values (by default as many as result has), from `first` on."""
-        columns = result.numel()
-        stride = columns if stride is None else stride
-        # Many columns are their own parallelism; few columns have many parts.
-        block_p, block_n = (4, 256) if columns > 1 << 16 else (64, 32)
-        launch.run(
-            column_sums_kernel,
-            (launch.tiles_of(columns, block_n),),
-            parts,
-            result,
-            parts.numel() // stride,
-            first,
-            COLUMNS=columns,
-            STRIDE=stride,
-            BLOCK_P=block_p,
-            BLOCK_N=block_n,
-            num_warps=4,
-        )
-        return result
+        of_parts = (norm_weight_parts, norm_weight), (norm_bias_parts, norm_bias)
+        sum_partials(*(pair for pair in of_parts if pair[1] is not None))

@@ -49,8 +49,10 @@ def _weight_default(problem: config.Problem) -> config.Config:
     q0, q1 = launch.column_pieces(problem.channels)
     if q0 + q1 > (192 if _asynchronous(problem) else 128):
         q0, q1 = (128, 0) if problem.channels % 128 == 0 else (64, 32) if problem.channels % 96 == 0 else (64, 0)
-    blocks = {"BLOCK_P": 128, "BLOCK_Q0": q0, "BLOCK_Q1": q1, "BLOCK_R": 64}
-    return config.Config(blocks, num_warps=8, num_stages=_stages(problem, 2 * 64 * (128 + q0 + q1)))
+    # From sm_100 on ptxas makes narrow tiles of 128 rows spill, for occupancy.
+    p = 64 if problem.chip >= 100 and q0 + q1 < 64 else 128
+    blocks = {"BLOCK_P": p, "BLOCK_Q0": q0, "BLOCK_Q1": q1, "BLOCK_R": 64}
+    return config.Config(blocks, num_warps=8, num_stages=_stages(problem, 2 * 64 * (p + q0 + q1)))
 
 
 def _norm_default(problem: config.Problem) -> config.Config:

@@ -1,4 +1,4 @@
-"""The passes around the matrix products of layer_norm_mlp's backward: elementwise work and sums in a fixed order.
+"""The passes over rows around the matrix products of layer_norm_mlp's backward.
 
 P is the number of live rows, E the bytes of an element of the compute dtype, E_grad of the gradient that came.
 """
@@ -6,83 +6,10 @@ P is the number of live rows, E the bytes of an element of the compute dtype, E_
 import triton
 import triton.language as tl
 
-from .device import gelu_and_derivative, live_rows, load_columns, row_position
+from .device import gelu_and_derivative, live_rows, row_position
 from .mlp_backward_products import norm_sums, store_dz
 
-__all__ = [
-    "column_sums_kernel",
-    "fc1_gradients_kernel",
-    "fc2_gradients_kernel",
-    "fold_layer_scale_kernel",
-    "fold_norm_kernel",
-    "grn_activation_kernel",
-    "grn_factors_kernel",
-    "norm_backward_kernel",
-    "prepare_kernel",
-]
-
-
-# --- the weights of the products. A factor in front of a row or column of a weight goes into the weight, divided by the
-#     largest factor: fp16 would lose a layer scale of 1e-6, which training starts with, below its least number; beside
-#     the largest it loses only what does not count. The product's fp32 result is multiplied by the largest.
-
-
-@triton.jit
-def _largest(scale, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """max |scale|, or 1 where that is 0 or not finite."""
-    index = tl.arange(0, BLOCK)
-    largest = tl.max(tl.abs(tl.load(scale + index, mask=index < COUNT, other=0.0).to(tl.float32)), 0)
-    return tl.where((largest > 1e-30) & (largest < 1e30), largest, 1.0)
-
-
-@triton.jit
-def fold_layer_scale_kernel(
-    weight, layer_scale, folded, factor,
-    C: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """folded (C, K) = layer_scale / factor * weight in the compute dtype, factor (1) = max |layer_scale|.
-
-    C K (E + the bytes of a weight) bytes.
-    """
-    largest = _largest(layer_scale, C, COLUMNS)
-    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-        tl.store(factor, largest)
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask = (channel < C)[:, None] & (column < K)[None, :]
-    offset = channel[:, None] * K + column[None, :]
-    scale = tl.load(layer_scale + channel, mask=channel < C, other=0.0).to(tl.float32) / largest
-    values = tl.load(weight + offset, mask=mask, other=0.0).to(tl.float32) * scale[:, None]
-    tl.store(folded + offset, values.to(folded.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def fold_norm_kernel(
-    weight, bias, norm_weight, norm_bias, folded, factor, folded_bias,
-    C: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """LayerNorm's affine part in the product after it: folded (K, C) = weight * norm_weight / factor in the compute
-    dtype, factor (1) = max |norm_weight|, folded_bias (K) = bias + weight norm_bias in fp32.
-
-    C K (E + the bytes of a weight) bytes.
-    """
-    hidden = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    channel = tl.arange(0, COLUMNS)
-    mask = (hidden < K)[:, None] & (channel < C)[None, :]
-    offset = hidden[:, None] * C + channel[None, :]
-    values = tl.load(weight + offset, mask=mask, other=0.0).to(tl.float32)
-    shift = tl.zeros((BLOCK_K,), tl.float32)
-    if bias is not None:
-        shift = tl.load(bias + hidden, mask=hidden < K, other=0.0).to(tl.float32)
-    if norm_bias is not None:
-        shift += tl.sum(values * load_columns(norm_bias, 0, COLUMNS, C), 1)
-    tl.store(folded_bias + hidden, shift, mask=hidden < K)
-    if norm_weight is not None:
-        largest = _largest(norm_weight, C, COLUMNS)
-        if tl.program_id(0) == 0:
-            tl.store(factor, largest)
-        values *= load_columns(norm_weight, 0, COLUMNS, C) / largest
-    tl.store(folded + offset, values.to(folded.dtype.element_ty), mask=mask)
+__all__ = ["grn_activation_kernel", "grn_factors_kernel", "norm_backward_kernel", "prepare_kernel"]
 
 
 # --- the rows of the products
@@ -271,98 +198,3 @@ def norm_backward_kernel(
     store_dz(s0, total, product, z, place, centre, scale, inside, dz, C, 0, C0, C0)
     if C1 > 0:
         store_dz(s1, total, product, z, place, centre, scale, inside, dz, C, C0, C1, C1)
-
-
-# --- the end: from parts to results
-
-
-@triton.jit(do_not_specialize=["count", "first"])
-def column_sums_kernel(
-    parts, result, count, first,
-    COLUMNS: tl.constexpr, STRIDE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """result (COLUMNS) = the sums over parts (count, STRIDE) of columns `first` and on, in the same order on every run.
-
-    4 bytes a value.
-    """
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    sums = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    for begin in range(0, count, BLOCK_P):
-        part = begin + tl.arange(0, BLOCK_P)
-        mask = (part < count)[:, None] & (column < COLUMNS)[None, :]
-        sums += tl.load(parts + first + part.to(tl.int64)[:, None] * STRIDE + column[None, :], mask=mask, other=0.0)
-    tl.store(result + column, tl.sum(sums, 0), mask=column < COLUMNS)
-
-
-@triton.jit
-def fc1_gradients_kernel(
-    sums, grad_bias, fc1_weight, norm_weight, norm_bias, grad_weight, norm_parts,
-    C: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """What LayerNorm's affine part is folded into: from T = dh^T hat in fp32, `sums` (K, C), and db1, grad_bias (K),
-
-    dW1_kc = norm_weight_c T_kc + norm_bias_c db1_k;  norm_parts (tiles of K, 2, C) get the sums over a tile's k of
-    W1_kc T_kc and of W1_kc db1_k, the gradients of norm_weight and norm_bias: sum_r da_rc hat_rc and sum_r da_rc with
-    da = dh W1 and the sum over r done first. What is not needed may be None; grad_weight may be `sums`.
-
-    12 C K bytes.
-    """
-    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    first = tl.program_id(1) * BLOCK_C
-    c = first + tl.arange(0, BLOCK_C)
-    mask = (k < K)[:, None] & (c < C)[None, :]
-    offset = k[:, None] * C + c[None, :]
-    if grad_bias is not None:
-        bias = tl.load(grad_bias + k, mask=k < K, other=0.0)[:, None]
-    if sums is not None:
-        total = tl.load(sums + offset, mask=mask, other=0.0)
-        if grad_weight is not None:
-            gradient = total
-            if norm_weight is not None:
-                gradient = total * load_columns(norm_weight, first, BLOCK_C, C)
-            if norm_bias is not None:
-                gradient += load_columns(norm_bias, first, BLOCK_C, C) * bias
-            tl.store(grad_weight + offset, gradient, mask=mask)
-    if norm_parts is not None:
-        weight = tl.load(fc1_weight + offset, mask=mask, other=0.0).to(tl.float32)
-        norm_part = norm_parts + tl.program_id(0) * (2 * C) + c
-        if sums is not None:
-            tl.store(norm_part, tl.sum(weight * total, 0), mask=c < C)
-        if grad_bias is not None:
-            tl.store(norm_part + C, tl.sum(weight * bias, 0), mask=c < C)
-
-
-@triton.jit
-def fc2_gradients_kernel(
-    sums, branch_sums, fc2_weight, fc2_bias, layer_scale, grad_weight, grad_bias, grad_layer_scale,
-    C: tl.constexpr, K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """What layer scale's channel j multiplies: from G = u^T g in fp32, `sums` (C, K), and branch_sums (C) = sum u,
-
-    dW2_j = layer_scale_j G_j,  db2_j = layer_scale_j sum u_j,  dlayer_scale_j = W2_j . G_j + b2_j sum u_j.
-
-    What is not needed may be None; grad_weight may be `sums`. 12 C K bytes.
-    """
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    there = channel < C
-    scale = tl.load(layer_scale + channel, mask=there, other=0.0).to(tl.float32)
-    if sums is not None:
-        dot = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
-        for k in range(0, K, BLOCK_K):
-            column = k + tl.arange(0, BLOCK_K)
-            mask = there[:, None] & (column < K)[None, :]
-            offset = channel[:, None] * K + column[None, :]
-            total = tl.load(sums + offset, mask=mask, other=0.0)
-            if grad_layer_scale is not None:
-                dot += total * tl.load(fc2_weight + offset, mask=mask, other=0.0).to(tl.float32)
-            if grad_weight is not None:
-                tl.store(grad_weight + offset, total * scale[:, None], mask=mask)
-    if branch_sums is not None:
-        branch_sum = tl.load(branch_sums + channel, mask=there, other=0.0)
-        if grad_bias is not None:
-            tl.store(grad_bias + channel, branch_sum * scale, mask=there)
-    if grad_layer_scale is not None:
-        gradient = tl.sum(dot, 1)
-        if fc2_bias is not None:
-            gradient += tl.load(fc2_bias + channel, mask=there, other=0.0).to(tl.float32) * branch_sum
-        tl.store(grad_layer_scale + channel, gradient, mask=there)

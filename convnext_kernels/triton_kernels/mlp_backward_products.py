@@ -147,28 +147,47 @@ def _load_rows(matrix, row, column, end, COLUMNS: tl.constexpr, EVEN: tl.constex
 
 
 @triton.jit
-def _add_parts(parts, sums, p, q, P: tl.constexpr, Q: tl.constexpr, stride_p, stride_q, accumulate):
-    pointers = parts + p.to(tl.int64)[:, None] * stride_p + q.to(tl.int64)[None, :] * stride_q
+def _add_parts(
+    parts, sums, p, q, P: tl.constexpr, Q: tl.constexpr, STRIDE_P: tl.constexpr, STRIDE_Q: tl.constexpr, accumulate
+):
+    pointers = parts + p[:, None] * STRIDE_P + q[None, :] * STRIDE_Q
     mask = (p < P)[:, None] & (q < Q)[None, :]
     before = tl.load(pointers, mask=mask & (accumulate != 0), other=0.0)
     tl.store(pointers, before + sums, mask=mask)
 
 
+@triton.jit
+def _add_tile(
+    parts, sums0, sums1, p, q0, q1, P: tl.constexpr, Q: tl.constexpr, STRIDE_P: tl.constexpr, STRIDE_Q: tl.constexpr,
+    BLOCK_Q1: tl.constexpr, accumulate,
+):  # fmt: skip
+    _add_parts(parts, sums0, p, q0, P, Q, STRIDE_P, STRIDE_Q, accumulate)
+    if BLOCK_Q1 > 0:
+        _add_parts(parts, sums1, p, q1, P, Q, STRIDE_P, STRIDE_Q, accumulate)
+
+
 @triton.jit(do_not_specialize=["first", "rows", "rows_per_sample", "accumulate", "splits"])
 def weight_gradient_kernel(
-    wide, narrow, parts, live_count, first, rows, rows_per_sample, accumulate, splits, stride_p, stride_q,
+    dh, hat, fc1_parts, g, u, fc2_parts, live_count, first, rows, rows_per_sample, accumulate, splits,
     P: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q0: tl.constexpr, BLOCK_Q1: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """parts[split] (+)= wide^T narrow over a split's rows, fp32: W1's T = dh^T hat, and W2's G^T = g^T u.
+    """fc1_parts[split] (+)= T = dh^T hat and fc2_parts[split] (+)= G = u^T g over a split's rows, in fp32.
 
-    wide (rows, P), narrow (rows, Q); parts (splits, P Q) with element (p, q) at p stride_p + q stride_q. A tile is
+    dh, g (rows, P); hat, u (rows, Q); fc1_parts (splits, P, Q), fc2_parts (splits, Q, P). Each product is one of a wide
+    matrix, transposed, and a narrow one, and they are what the grid's third dimension counts; or one is None. A tile is
     BLOCK_P x (BLOCK_Q0 + BLOCK_Q1). The splits share the live rows evenly, so that dropped samples cost nothing.
 
-    2 P Q FLOP and (P + Q) E bytes a row, P E of it once for each tile of columns; 4 P Q bytes a split.
+    For each, 2 P Q FLOP and (P + Q) E bytes a row, P E of it once for each tile of columns; 4 P Q bytes a split.
     """
     tiles_q: tl.constexpr = (Q + BLOCK_Q0 + BLOCK_Q1 - 1) // (BLOCK_Q0 + BLOCK_Q1)
     tile, split = tl.program_id(0), tl.program_id(1)
+    if g is None:
+        wide, narrow = dh, hat
+    elif dh is None:
+        wide, narrow = g, u
+    else:
+        wide, narrow = tl.where(tl.program_id(2) == 0, dh, g), tl.where(tl.program_id(2) == 0, hat, u)
     p = tile // tiles_q * BLOCK_P + tl.arange(0, BLOCK_P)
     q0 = tile % tiles_q * (BLOCK_Q0 + BLOCK_Q1) + tl.arange(0, BLOCK_Q0)
     live = live_rows(live_count, first, rows, rows_per_sample)
@@ -189,10 +208,17 @@ def weight_gradient_kernel(
         if BLOCK_Q1 > 0:
             sums1 = tl.dot(x, _load_rows(narrow, row, q1, end, Q, EVEN_Q), sums1, input_precision="ieee")
 
-    parts += split.to(tl.int64) * (P * Q)
-    _add_parts(parts, sums0, p, q0, P, Q, stride_p, stride_q, accumulate)
-    if BLOCK_Q1 > 0:
-        _add_parts(parts, sums1, p, q1, P, Q, stride_p, stride_q, accumulate)
+    place = split.to(tl.int64) * (P * Q)
+    if BLOCK_Q1 == 0:
+        sums1, q1 = sums0, q0
+    if g is None:
+        _add_tile(fc1_parts + place, sums0, sums1, p, q0, q1, P, Q, Q, 1, BLOCK_Q1, accumulate)
+    elif dh is None:
+        _add_tile(fc2_parts + place, sums0, sums1, p, q0, q1, P, Q, 1, P, BLOCK_Q1, accumulate)
+    elif tl.program_id(2) == 0:
+        _add_tile(fc1_parts + place, sums0, sums1, p, q0, q1, P, Q, Q, 1, BLOCK_Q1, accumulate)
+    else:
+        _add_tile(fc2_parts + place, sums0, sums1, p, q0, q1, P, Q, 1, P, BLOCK_Q1, accumulate)
 
 
 @triton.jit
