@@ -289,7 +289,8 @@ def test_gradients_are_in_the_parameters_dtypes(operator, mixed, monkeypatch):
 
     at_once = grads()
     assert [g.dtype for g in at_once] == [p.dtype for p in [*convolution, *parameters]]
-    assert casts == [len(convolution) + len(parameters) - mixed]
+    if backends.are_plain((x,)):  # not in the rehearsal of the GPU's tests
+        assert casts == [len(convolution) + len(parameters) - mixed]
     casts.clear()
     one_by_one = grads(create_graph=True)
     assert casts == []
