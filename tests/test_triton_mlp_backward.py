@@ -62,8 +62,10 @@ def check_machine_code(capability, given):
         seen.add(key)
         compiled = compile_launch(one, capability)
         what = f"{compiled.name} {one.constants} on sm_{capability}"
-        # What runs once a call may lack a register or two: ptxas prefers more programs a multiprocessor.
-        assert compiled.stack <= (0 if compiled.name in PRODUCTS else 16), f"{what}: {compiled.stack} bytes of stack"
+        # What runs once a call may lack a register or two: ptxas prefers more programs a multiprocessor. And whole rows
+        # take all there are.
+        exact = compiled.name in PRODUCTS and compiled.name != "row_gradients_kernel"
+        assert compiled.stack <= (0 if exact else 16), f"{what}: {compiled.stack} bytes of stack"
         limit = launch.chip_of_architecture(capability).shared_bytes
         assert compiled.shared <= limit, f"{what}: {compiled.shared} bytes of shared memory, the chip has {limit}"
         if compiled.name in PRODUCTS:

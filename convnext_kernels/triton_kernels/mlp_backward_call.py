@@ -146,6 +146,8 @@ class MlpBackward:
         self.fused_rows = (
             self.wanted[_Z] and not grn and self.fused_norm and bool(self.config("mlp_backward_form")["FUSED"])
         )
+        if self.fused_rows:  # it makes hat and u for itself
+            self.normalised, self.copied = self.fc1_sums, self.copied and self.fc2_sums
         self.hidden_tiles = self.config("mlp_backward_rows" if self.fused_rows else "mlp_backward_hidden" + form)
         if self.fused_rows:
             self.norm_tiles = self.hidden_tiles
@@ -155,7 +157,8 @@ class MlpBackward:
             self.norm_tiles = {"BLOCK_M": max(1, 4096 // launch.next_power_of_2(c)), "num_warps": 4}
             self.input_tiles = self.config("mlp_backward_input")
         self.prepare_columns = next((n for n in (128, 64, 32) if c % n == 0), 128)
-        self.prepare_rows = 4096 // self.prepare_columns
+        # Rows that a part of the branch's sums is of.
+        self.prepare_rows = self.hidden_tiles["BLOCK_M"] if self.fused_rows else 4096 // self.prepare_columns
 
         # Buffers and parts of a row.
         size = self.dtype.itemsize
@@ -238,12 +241,12 @@ class MlpBackward:
         self.finish()
 
     def run_chunk(self, chunk: _Chunk) -> None:
-        self.prepare(chunk)
-        if not self.any_hidden:
-            return
         if self.fused_rows:
             self.row_gradients(chunk)
         else:
+            self.prepare(chunk)
+            if not self.any_hidden:
+                return
             self.hidden_gradients(chunk)
         if self.grn_weight is not None:
             self.grn(chunk)
@@ -267,16 +270,17 @@ class MlpBackward:
         if not self.normalised and not self.copied and not self.branch_sums and dz is None:
             return
         grid = (launch.tiles_of(chunk.rows, self.prepare_rows),)
-        inputs = self.z, self.mean, self.rstd, self.grad, self.sample_scale, self.order, self.live_count
         columns = {"C": self.channels, "BLOCK_M": self.prepare_rows, "BLOCK_C": self.prepare_columns}
         results = self.hat, self.u, self.branch_parts, dz
-        launch.run(prepare_kernel, grid, *inputs, *results, *self.place(chunk), **columns, num_warps=4)
+        launch.run(prepare_kernel, grid, *self.row_inputs(), *results, *self.place(chunk), **columns, num_warps=4)
 
-    def hidden_operands(self, chunk: _Chunk) -> tuple[Tensor | None, ...]:
-        """What h and dg are made of."""
+    def row_inputs(self) -> tuple[Tensor | None, ...]:
+        """What hat and u are made of, and the order of the samples."""
+        return self.z, self.mean, self.rstd, self.grad, self.sample_scale, self.order, self.live_count
+
+    def hidden_weights(self) -> tuple[Tensor | None, ...]:
+        """What h and dg are made of, beside hat and u."""
         return (
-            self.hat if self.kept is None else None,
-            self.branch_of(chunk) if self.grad_activated else None,
             self.kept,
             self.fc1_weight,
             self.fc1_factor,
@@ -295,7 +299,9 @@ class MlpBackward:
         launch.run(
             hidden_gradients_kernel,
             (tiles,),
-            *self.hidden_operands(chunk),
+            self.hat if self.kept is None else None,
+            self.branch_of(chunk) if self.grad_activated else None,
+            *self.hidden_weights(),
             self.order,
             self.live_count,
             self.g,
@@ -314,15 +320,14 @@ class MlpBackward:
         launch.run(
             row_gradients_kernel,
             (launch.tiles_of(chunk.rows, self.hidden_tiles["BLOCK_M"]),),
-            *self.hidden_operands(chunk),
-            self.z,
-            self.mean,
-            self.rstd,
-            self.order,
-            self.live_count,
+            *self.row_inputs(),
+            *self.hidden_weights(),
+            self.hat,
+            self.u,
             self.g,
             self.dh,
             self.fc1_bias_parts,
+            self.branch_parts,
             self.results[_Z],
             *self.place(chunk),
             **self.gelu_constants(),

@@ -223,15 +223,11 @@ def weight_gradient_kernel(
 
 @triton.jit
 def _load_normalised(
-    z, place, centre, scale, inside, AGAIN: tl.constexpr, C: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr
+    z, place, centre, scale, inside, POLICY: tl.constexpr, C: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr
 ):
-    """(z - mean) rstd of COUNT columns. Loaded AGAIN rather than held in registers: another policy keeps them apart."""
+    """(z - mean) rstd of COUNT columns. Loaded again, not held in registers: another POLICY keeps the loads apart."""
     column = FIRST + tl.arange(0, COUNT)[None, :]
-    mask = inside & (column < C)
-    if AGAIN:
-        values = tl.load(z + place + column, mask=mask, other=0.0, eviction_policy="evict_first")
-    else:
-        values = tl.load(z + place + column, mask=mask, other=0.0)
+    values = tl.load(z + place + column, mask=inside & (column < C), other=0.0, eviction_policy=POLICY)
     return (values.to(tl.float32) - centre) * scale
 
 
@@ -254,7 +250,7 @@ def norm_sums(
 
 @triton.jit
 def _norm_sums(s, z, place, centre, scale, inside, C: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    hat = _load_normalised(z, place, centre, scale, inside, False, C, FIRST, COUNT)
+    hat = _load_normalised(z, place, centre, scale, inside, "", C, FIRST, COUNT)
     return tl.sum(s, 1)[:, None], tl.sum(s * hat, 1)[:, None]
 
 
@@ -277,7 +273,7 @@ def store_dz(
 def _store_dz(
     s, total, product, z, place, centre, scale, inside, dz, C: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr
 ):
-    hat = _load_normalised(z, place, centre, scale, inside, True, C, FIRST, COUNT)
+    hat = _load_normalised(z, place, centre, scale, inside, "evict_first", C, FIRST, COUNT)
     values = (s - total * (1.0 / C) - hat * (product * (1.0 / C))) * scale
     column = FIRST + tl.arange(0, COUNT)[None, :]
     tl.store(dz + place + column, values.to(dz.dtype.element_ty), mask=inside & (column < C))
@@ -342,46 +338,117 @@ def norm_gradient_kernel(
     _store_norm_gradient(s0, s1 if C1 > 0 else None, weight_factor, z, mean, rstd, position, inside, dz, C, C0, C1)
 
 
+@triton.jit
+def _prepare_columns(
+    z, grad, place, packed, centre, scale, factor, inside, hat, u, sum_part, accumulate,
+    NORMALISED: tl.constexpr, C: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """hat and u of COUNT columns of a tile's rows; where there are places for them, stored."""
+    column = FIRST + tl.arange(0, COUNT)[None, :]
+    mask = inside & (column < C)
+    values = tl.load(grad + place + column, mask=mask, other=0.0).to(tl.float32)
+    if factor is not None:
+        values *= factor
+    u_tile = values.to(z.dtype.element_ty)
+    if u is not None:
+        tl.store(u + packed + column, u_tile, mask=mask)
+    if sum_part is not None:
+        _add_sums(sum_part, values, FIRST, COUNT, C, accumulate)
+    hat_tile = u_tile  # not used
+    if NORMALISED:
+        # From column C on it meets zeros of the weight.
+        hat_tile = _load_normalised(z, place, centre, scale, inside, "evict_last", C, FIRST, COUNT).to(u_tile.dtype)
+        if hat is not None:
+            tl.store(hat + packed + column, hat_tile, mask=mask)
+    return hat_tile, u_tile
+
+
+@triton.jit
+def _add_sums(part, values, FIRST: tl.constexpr, COUNT: tl.constexpr, COLUMNS: tl.constexpr, accumulate):
+    """part[FIRST : FIRST + COUNT] (+)= the sums over the rows of `values`."""
+    column = FIRST + tl.arange(0, COUNT)
+    before = tl.load(part + column, mask=(column < COLUMNS) & (accumulate != 0), other=0.0)
+    tl.store(part + column, before + tl.sum(values, 0), mask=column < COLUMNS)
+
+
+@triton.jit
+def _empty_sums(part, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, accumulate):
+    """part (COLUMNS) (+)= 0."""
+    if accumulate == 0:
+        for first in range(0, COLUMNS, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            tl.store(part + column, tl.zeros((BLOCK,), tl.float32), mask=column < COLUMNS)
+
+
+@triton.jit
+def _empty_dz(
+    dz, start, live, first, rows, order, rows_per_sample, C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """dz of the dropped rows among BLOCK_M from `start` on becomes 0."""
+    if start + BLOCK_M > live:
+        row = start + tl.arange(0, BLOCK_M)
+        _, position = row_position(first + tl.minimum(row, rows - 1), order, rows_per_sample)
+        dropped = ((row >= live) & (row < rows))[:, None]
+        c0 = tl.arange(0, C0)[None, :]
+        tl.store(dz + position[:, None] * C + c0, 0.0, mask=dropped & (c0 < C))
+        if C1 > 0:
+            c1 = C0 + tl.arange(0, C1)[None, :]
+            tl.store(dz + position[:, None] * C + c1, 0.0, mask=dropped & (c1 < C))
+
+
 @triton.jit(do_not_specialize=["first", "rows", "rows_per_sample", "accumulate"])
 def row_gradients_kernel(
-    hat, u, kept, fc1_weight, fc1_factor, fc1_bias, fc2_weight, fc2_factor, z, mean, rstd, order, live_count, g, dh,
-    bias_parts, dz, first, rows, rows_per_sample, accumulate,
+    z, mean, rstd, grad, sample_scale, order, live_count, kept, fc1_weight, fc1_factor, fc1_bias, fc2_weight,
+    fc2_factor, hat, u, g, dh, bias_parts, branch_parts, dz, first, rows, rows_per_sample, accumulate,
     C: tl.constexpr, K: tl.constexpr, TANH: tl.constexpr, CHEAP: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """hidden_gradients_kernel and norm_gradient_kernel in one, for whole rows: dh is multiplied where it is made.
+    """prepare_kernel, hidden_gradients_kernel and norm_gradient_kernel in one, for whole rows.
 
-    The arguments are theirs, without GRN; hat, u and the sums s = dh W stay on the chip from first to last. `g`, `dh`
-    and bias_parts may be None. 6 P C K FLOP and P E (4 C + 2 K) bytes; the two kernels take P E K more.
+    The arguments are theirs, without GRN; hat, u and the sums s = dh W stay on the chip from first to last. `hat` and
+    `u`, for the products after it, `g`, `dh` and the parts may be None. 6 P C K FLOP and P (C (3 E + E_grad) + 2 K E)
+    bytes, with `u` P C E more; the three kernels take P E (3 C + K) more.
     """
     tile = tl.program_id(0)
     live = live_rows(live_count, first, rows, rows_per_sample)
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    if order is not None:
+        _empty_dz(dz, tile * BLOCK_M, live, first, rows, order, rows_per_sample, C, C0, C1, BLOCK_M)
     if tile * BLOCK_M >= live:
         if bias_parts is not None:
-            for k in range(0, K, BLOCK_K):
-                hidden = k + tl.arange(0, BLOCK_K)
-                empty = (hidden < K) & (accumulate == 0)
-                tl.store(bias_parts + tile.to(tl.int64) * K + hidden, tl.zeros((BLOCK_K,), tl.float32), mask=empty)
+            _empty_sums(bias_parts + tile.to(tl.int64) * K, K, BLOCK_K, accumulate)
+        if branch_parts is not None:
+            _empty_sums(branch_parts + tile.to(tl.int64) * C, C, C0, accumulate)
         return
 
     EVEN_K: tl.constexpr = K % BLOCK_K == 0
     EVEN_0: tl.constexpr = C % C0 == 0 or C1 > 0
     EVEN_1: tl.constexpr = C == C0 + C1
+    NORMALISED: tl.constexpr = kept is None or hat is not None
     inside = (row < live)[:, None]
     near = tl.minimum(row, live - 1)  # rows that can be read
-    _, position = row_position(first + near, order, rows_per_sample)
+    sample, position = row_position(first + near, order, rows_per_sample)
+    place, packed = position[:, None] * C, row.to(tl.int64)[:, None] * C
+    centre, scale = tl.load(mean + position)[:, None], tl.load(rstd + position)[:, None]
+    factor = None
+    if sample_scale is not None:
+        factor = tl.load(sample_scale + sample)[:, None]
+    branch_part = None
+    if branch_parts is not None:
+        branch_part = branch_parts + tile.to(tl.int64) * C
     c0 = tl.arange(0, C0)
-    u0 = _load(u, near, c0, C, EVEN_0)
     s0 = tl.zeros((BLOCK_M, C0), tl.float32)
-    if kept is None:
-        hat0 = _load(hat, near, c0, C, EVEN_0)
+    hat0, u0 = _prepare_columns(
+        z, grad, place, packed, centre, scale, factor, inside, hat, u, branch_part, accumulate, NORMALISED, C, 0, C0
+    )
     if C1 > 0:
         c1 = C0 + tl.arange(0, C1)
-        u1 = _load(u, near, c1, C, EVEN_1)
         s1 = tl.zeros((BLOCK_M, C1), tl.float32)
-        if kept is None:
-            hat1 = _load(hat, near, c1, C, EVEN_1)
+        hat1, u1 = _prepare_columns(
+            z, grad, place, packed, centre, scale, factor, inside, hat, u, branch_part, accumulate, NORMALISED,
+            C, C0, C1,
+        )  # fmt: skip
 
     for k in range(0, K, BLOCK_K):
         hidden = k + tl.arange(0, BLOCK_K)
@@ -416,13 +483,18 @@ def row_gradients_kernel(
             part = bias_parts + tile.to(tl.int64) * K + hidden
             before = tl.load(part, mask=in_columns & (accumulate != 0), other=0.0)
             tl.store(part, before + tl.sum(gradient, 0), mask=in_columns)
-        rounded = gradient.to(u.dtype.element_ty)
+        rounded = gradient.to(z.dtype.element_ty)
         if dh is not None:
             tl.store(dh + out, rounded, mask=mask)
         s0 = tl.dot(rounded, first0, s0, input_precision="ieee")
         if C1 > 0:
             s1 = tl.dot(rounded, first1, s1, input_precision="ieee")
 
+    # Rows and what belongs to them are found anew, not kept in registers: the grid's second dimension has one program,
+    # which the compiler does not know.
+    row = (tile + tl.program_id(1)) * BLOCK_M + tl.arange(0, BLOCK_M)
+    _, position = row_position(first + tl.minimum(row, live - 1), order, rows_per_sample)
+    inside = (row < live)[:, None]
     _store_norm_gradient(s0, s1 if C1 > 0 else None, fc1_factor, z, mean, rstd, position, inside, dz, C, C0, C1)
 
 

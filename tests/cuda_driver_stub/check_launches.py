@@ -112,7 +112,7 @@ BLOCKS = {
     "two-kernels-v2": (384, "autocast", {"use_grn": True}),
 }
 # Those of a block's step; which others run depends on the form.
-ALWAYS = {"_convolution_kernel", "_weight_gradient_kernel", "prepare_kernel", "weight_gradient_kernel"}
+ALWAYS = {"_convolution_kernel", "_weight_gradient_kernel", "weight_gradient_kernel", "parameter_gradients_kernel"}
 
 
 def step(block, samples, mode):
