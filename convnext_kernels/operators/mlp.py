@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from .._cast import cast
 from ..reference_backend import accumulation_dtype
 from . import _arguments as arguments
 from ._registration import differentiate, differentiate_once, fake
@@ -149,20 +150,8 @@ def mask_of(needs: Any) -> int:
 
 def parameter_grads(parameters: Any, grads: Any, needs: Any) -> list[Tensor | None]:
     """Gradients in the parameters' dtypes; None where none was asked for or computed."""
-    results = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
-    others = [i for i, grad in enumerate(results) if grad is not None and grad.dtype != parameters[i].dtype]
-    before = [results[i] for i in others]
-    # One launch on a GPU, where `to` is one for each. A single pair of dtypes: else PyTorch launches one by one too.
-    at_once = len({(grad.dtype, parameters[i].dtype) for i, grad in zip(others, before)}) == 1
-    # With create_graph they lead to the error of a double backward, to which _foreach_copy_ has no derivative.
-    if at_once and backends.are_plain(tuple(before)) and not any(grad.requires_grad for grad in before):
-        after = [torch.empty_like(grad, dtype=parameters[i].dtype) for i, grad in zip(others, before)]
-        torch._foreach_copy_(after, before)
-    else:
-        after = [grad.to(parameters[i].dtype) for i, grad in zip(others, before)]
-    for i, grad in zip(others, after):
-        results[i] = grad
-    return results
+    wanted = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+    return cast(wanted, [None if parameter is None else parameter.dtype for parameter in parameters])
 
 
 differentiate("layer_norm_mlp", LayerNormMlpFunction, partial(backends.call, "layer_norm_mlp"))

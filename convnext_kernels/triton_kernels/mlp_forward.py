@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .._cast import cast
 from . import config, grn, launch
 from .mlp_fused import fused_kernel, squares_kernel
 from .mlp_two_kernels import fc1_kernel, fc2_kernel, norm_kernel
@@ -226,13 +227,14 @@ def layer_norm_mlp(
     hidden = z.new_empty((*z.shape[:-1], hidden_columns) if keep_hidden else (0,))
     if mean.numel():
         with launch.device_guard(z):
+            weights = cast((fc1_weight, fc2_weight), (z.dtype, z.dtype))
             call = _Call(
                 z=z,
                 residual=residual,
                 norm=(norm_weight, norm_bias),
-                fc1=(fc1_weight.to(z.dtype), fc1_bias),
+                fc1=(weights[0], fc1_bias),
                 grn=(grn_weight, grn_bias),
-                fc2=(fc2_weight.to(z.dtype), fc2_bias),
+                fc2=(weights[1], fc2_bias),
                 layer_scale=layer_scale,
                 sample_scale=sample_scale,
                 order=(None, None) if sample_scale is None else launch.sample_order(sample_scale),

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kWarpSize* kColumnSumRows)
   const int64_t column = first_column + threadIdx.x;
   A sum = 0;
   if (column < columns) {
-#pragma unroll 4
+#pragma unroll 8
     for (int64_t row = threadIdx.y; row < rows; row += kColumnSumRows) sum += partials[row * columns + column];
   }
   tile[threadIdx.y * kPadded + threadIdx.x] = sum;
