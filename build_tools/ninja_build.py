@@ -65,7 +65,7 @@ class Plan:
 def make_plan(root, environ=os.environ, search_path=None):
     """Looks at the machine and decides. Raises ToolchainError where what is asked for cannot be built."""
     root = Path(root).resolve()
-    torch, torch_version = _find_torch()
+    torch, torch_version, torch_cuda = _find_torch()
     cxx, compiler = _find_compiler(environ)
     setting = toolchain.cuda_setting(environ)
     toolkit, rejected = (None, []) if setting is False else toolchain.find_toolkit(environ, search_path)
@@ -76,6 +76,12 @@ def make_plan(root, environ=os.environ, search_path=None):
             f"CUDA: {toolkit.version_text}, {toolkit.nvcc} (found in {toolkit.found_in})",
             f"      for {', '.join(map(str, architectures))} ({why})",
         ]
+        # The library's own CUDA runtime needs a driver of its major version; PyTorch's runs on an older one too.
+        if torch_cuda and torch_cuda[0] < toolkit.version[0]:
+            cuda.append(
+                f"      note: PyTorch is for CUDA {torch_cuda[0]}.{torch_cuda[1]}. These kernels need a driver for "
+                f"CUDA {toolkit.version[0]}; on an older one Triton's run instead. CUDA_HOME chooses the toolkit"
+            )
     elif setting is False:
         cuda = ["CUDA: skipped (CONVNEXT_KERNELS_CUDA=0)"]
     else:
@@ -136,15 +142,18 @@ def build(plan, version):
 
 
 def _find_torch():
+    """PyTorch's folder, its version, and the (major, minor) of its CUDA, or None."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         raise ToolchainError("PyTorch is not installed: install torch>=2.11, or build without --no-build-isolation")
     folder = Path(spec.submodule_search_locations[0])
     # Read, not imported: it takes seconds.
-    version = re.search(r"__version__\s*=\s*'([^']+)'", (folder / "version.py").read_text())[1]
+    facts = (folder / "version.py").read_text()
+    version = re.search(r"__version__\s*=\s*'([^']+)'", facts)[1]
+    cuda = re.search(r"^cuda\b.*=\s*'(\d+)\.(\d+)", facts, re.MULTILINE)
     if tuple(map(int, re.match(r"(\d+)\.(\d+)", version).groups())) < (2, 11):
         raise ToolchainError(f"PyTorch {version} in {folder} is too old: torch>=2.11 is needed")
-    return folder, version
+    return folder, version, tuple(map(int, cuda.groups())) if cuda else None
 
 
 def _find_compiler(environ):

@@ -287,6 +287,25 @@ def test_plan_without_cuda(bare_machine, source_tree, setting, words):
     assert "nvcc" not in ninja_build.ninja_file(plan)
 
 
+@pytest.mark.parametrize(("cuda", "noted"), [("'12.8'", True), ("'13.2'", False), ("None", False)])
+def test_plan_notes_a_toolkit_that_is_newer_than_pytorchs_cuda(
+    bare_machine, source_tree, tmp_path, monkeypatch, cuda, noted
+):
+    """The package installed there may have a driver for PyTorch, and none for the kernels."""
+    _fake_toolkit(tmp_path / "cuda")  # 13.0
+    torch = tmp_path / "site" / "torch"
+    torch.mkdir(parents=True)
+    (torch / "__init__.py").touch()
+    (torch / "version.py").write_text(f"__version__ = '2.12.0'\ncuda: Optional[str] = {cuda}\n")
+    monkeypatch.setattr(sys, "path", [str(torch.parent), *sys.path])
+    monkeypatch.delitem(sys.modules, "torch")
+    environ = {"CUDA_HOME": str(tmp_path / "cuda"), "TORCH_CUDA_ARCH_LIST": "9.0", **bare_machine}
+    plan = ninja_build.make_plan(source_tree, environ, search_path=[])
+    assert plan.torch_version == "2.12.0"
+    note = "note: PyTorch is for CUDA 12.8. These kernels need a driver for CUDA 13"
+    assert (note in plan.announcement) == noted
+
+
 def test_plan_with_cuda(bare_machine, source_tree, tmp_path):
     nvcc = _fake_toolkit(tmp_path / "cuda")
     environ = {"CUDA_HOME": str(tmp_path / "cuda"), "TORCH_CUDA_ARCH_LIST": "9.0", **bare_machine}
