@@ -1,5 +1,6 @@
 """layer_norm_mlp_backward in Triton: what is computed, in which order, and the operator. mlp_backward_call.py runs a
-call; the kernels are in mlp_backward_products.py (the matrix products) and mlp_backward_passes.py (the rest).
+call; the kernels are in mlp_backward_products.py (matrix products), mlp_backward_rows.py (products of whole rows),
+mlp_backward_passes.py (rows without a product) and mlp_backward_weights.py (the parameters, before and after).
 
 With hat = (z - mean) rstd, omega and theta LayerNorm's weight and bias, s the sample scale, gamma the layer scale and
 u = s dY, of every live row r, in the order it is computed:
@@ -10,7 +11,7 @@ u = s dY, of every live row r, in the order it is computed:
       with GRN: sums over the image in the epilogue, the image's factors, then g' = GRN(g) and dh in a pass
     G = u^T g,  T = dh^T hat                                products, fp32
     dhat = dh (W1 omega),  dz = LayerNorm's backward        product; in its epilogue where a row fits the registers
-      up to 128 channels, without GRN: in the kernel that makes dh, before G and T
+    (up to 128 channels, without GRN, one kernel makes all of hat, u, g, dh and dz, before G and T)
     dW1_kc = omega_c T_kc + theta_c db1_k,  domega_c = sum_k W1_kc T_kc,  dtheta_c = sum_k W1_kc db1_k
     dW2_jk = gamma_j G_jk,  dgamma_j = sum_k W2_jk G_jk + b2_j sum_r u_rj,  db2_j = gamma_j sum_r u_rj
 

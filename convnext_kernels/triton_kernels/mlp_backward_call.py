@@ -11,13 +11,8 @@ from ..reference import GRN_EPS
 from . import config, launch
 from .mlp_backward_config import MOST_ROW_COLUMNS, weight_splits
 from .mlp_backward_passes import grn_activation_kernel, grn_factors_kernel, norm_backward_kernel, prepare_kernel
-from .mlp_backward_products import (
-    hidden_gradients_kernel,
-    input_gradient_kernel,
-    norm_gradient_kernel,
-    row_gradients_kernel,
-    weight_gradient_kernel,
-)
+from .mlp_backward_products import hidden_gradients_kernel, input_gradient_kernel, weight_gradient_kernel
+from .mlp_backward_rows import norm_gradient_kernel, row_gradients_kernel
 from .mlp_backward_weights import fold_weights_kernel, parameter_gradients_kernel
 from .partials import sum_partials
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .device import gelu_and_derivative, live_rows, row_position
-from .mlp_backward_products import norm_sums, store_dz
+from .mlp_backward_rows import norm_sums, store_dz
 
 __all__ = ["grn_activation_kernel", "grn_factors_kernel", "norm_backward_kernel", "prepare_kernel"]
 
