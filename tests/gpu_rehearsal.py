@@ -572,6 +572,7 @@ def rehearsing():
         undo()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     config.add_cleanup(begin())
 

@@ -113,11 +113,58 @@ def test_rehearsal(runs, name):
         assert len(re.findall(r"needs 2\d GiB of free GPU memory, and 8.0 are", done.stdout)) == 2
 
 
+# Stand-ins cannot be views of inference tensors, and have no storage to be known by.
+COMMAND = """
+import sys, torch
+from convnext_kernels.cli import measure
+measure.saved_bytes = lambda forward, parameters: 1
+torch.inference_mode = lambda mode=True: torch.set_grad_enabled(not mode)
+import gpu_rehearsal
+with gpu_rehearsal.rehearsing():
+    from convnext_kernels.__main__ import main
+    sys.exit(main([*sys.argv[1:], "--device", "cuda"]))
+"""
+
+
+@pytest.mark.parametrize("command", [["bench", "--stages", "16@6", "--batch", "2"], ["verify"]], ids=lambda c: c[0])
+def test_the_command_line(entries, tmp_path, command):
+    done = entries.rehearse(["-c", COMMAND, *command], tmp_path / "launches")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert {"bench": "V2 16@6", "verify": " 0 wrong"}[command[0]] in done.stdout
+
+
 def test_script_for_compute_sanitizer(entries, tmp_path):
     code = "import gpu_rehearsal, gpu_small_steps\nwith gpu_rehearsal.rehearsing(): gpu_small_steps.main()"
     done = entries.rehearse(["-c", code], tmp_path / "launches")
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.endswith("small steps done\n")
+
+
+# The benchmark suite's own cases are too large for the engine.
+SMALL_CASES = """
+from dataclasses import replace
+from convnext_kernels.cli import measure
+from benchmarks import cases, timing
+
+measure.saved_bytes = lambda forward, parameters: 0
+cases._shapes = lambda device_type, full: [("v1", 16, 6, 2)]
+blocks, models = cases.block_cases, cases.model_cases
+cases.block_cases = lambda *of: [case for case in blocks(*of) if case.drop_path == 0]
+cases.model_cases = lambda *of: [replace(case, model="convnext_atto", size=32, batch=2) for case in models(*of)[:2]]
+cases.scaling_cases = cases.experiment_cases = lambda *of: []
+timing.measure_ceilings = lambda device: timing.Ceilings(1e15, {"torch.float32": 1e15, "torch.bfloat16": 1e15})
+"""
+
+
+@pytest.mark.parametrize(("file", "least"), [("operators", 60), ("block", 30), ("model", 4)])
+def test_the_benchmark_suite(entries, tmp_path, file, least):
+    """Streams, events, graphs and the checks against fp64; the times mean nothing."""
+    (tmp_path / "small_cases.py").write_text(SMALL_CASES)
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "small_cases", "-p", "gpu_rehearsal"]
+    command += [f"benchmarks/test_{file}.py", "--benchmark-only", "--device", "cuda", "--seconds", "0.01"]
+    command += ["-k", "not compile and not autotune and not liger", "--benchmark-json", tmp_path / "result.json"]
+    done = entries.rehearse(command, tmp_path / "launches", (), [tmp_path])
+    assert passed(done) >= least
 
 
 # --- the rehearsal sees what a GPU would not forgive: defects planted in the library
