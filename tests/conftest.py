@@ -2,6 +2,9 @@
 
     pytest -m gpu -n 12                     in several processes, with pytest-xdist: the GPU's tests share it
     pytest -m gpu --test-budget 500         no test begins after 500 seconds; the run fails if one is left out so
+
+After an error that leaves the GPU unusable for a process, such as an access outside its memory, that process ends: of
+several, pytest-xdist replaces it, and calls the test that would have been next crashed.
 """
 
 import fcntl
@@ -19,6 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 _LATE = "not begun: the budget of {:g} s had ended"
 _start = time.monotonic()
+_lost = ""  # the test that left the GPU unusable
 
 
 def pytest_addoption(parser):
@@ -35,8 +39,24 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    global _lost
+    report = yield
+    if report.failed and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            _lost = f"after {item.nodeid} the GPU is unusable: {error}"
+    return report
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
+    if _lost:
+        if os.environ.get("PYTEST_XDIST_WORKER"):
+            os._exit(1)
+        pytest.exit(_lost, returncode=pytest.ExitCode.TESTS_FAILED)
     budget = item.config.getoption("--test-budget")
     if budget is not None and time.monotonic() - _start > budget:
         pytest.skip(_LATE.format(budget))
