@@ -148,8 +148,10 @@ def _prepare_columns(
         _add_sums(sum_part, values, FIRST, COUNT, C, accumulate)
     hat_tile = u_tile  # not used
     if NORMALISED:
-        # From column C on it meets zeros of the weight.
-        hat_tile = _load_normalised(z, place, centre, scale, inside, "evict_last", C, FIRST, COUNT).to(u_tile.dtype)
+        normalised = _load_normalised(z, place, centre, scale, inside, "evict_last", C, FIRST, COUNT)
+        if FIRST + COUNT > C:  # -mean rstd, which fp16 may not hold: infinity times a weight of 0
+            normalised = tl.where(column < C, normalised, 0.0)
+        hat_tile = normalised.to(u_tile.dtype)
         if hat is not None:
             tl.store(hat + packed + column, hat_tile, mask=mask)
     return hat_tile, u_tile
