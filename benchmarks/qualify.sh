@@ -6,7 +6,8 @@
 #   build      compile for the GPUs present and install into the current Python environment
 #   test       pytest -m gpu, without the Triton kernels' own tests, which compile for minutes: those are test-triton;
 #              and without compute-sanitizer, which takes minutes: that is sanitize. With pytest-xdist the tests run in
-#              several processes (WORKERS, default: one a core, 16 at most).
+#              several processes (WORKERS, default: one a core, 16 at most); with pytest-timeout one that hangs for 100
+#              seconds ends.
 #   verify     every operator of every backend against fp64
 #   tune       the fastest configurations of the Triton kernels at the stages of ConvNeXt-T and -B, into OUT_DIR: what
 #              runs later with the same OUT_DIR runs with them
@@ -99,13 +100,17 @@ budget() {
 
 # pytest -m gpu; what does not begin in time is left out, and listed.
 run_tests() {
-  local log=$1 workers=()
+  local log=$1 options=()
   shift
   if "$python" -c 'import xdist' 2> /dev/null; then
-    workers=(-n "${WORKERS:-$(($(nproc) < 16 ? $(nproc) : 16))}" --dist worksteal)
+    options+=(-n "${WORKERS:-$(($(nproc) < 16 ? $(nproc) : 16))}" --dist worksteal)
+  fi
+  if "$python" -c 'import pytest_timeout' 2> /dev/null; then
+    # A kernel that never ends keeps its process from hearing signals: the process ends itself.
+    options+=(--timeout 100 --timeout-method thread)
   fi
   : > "$log"
-  (cd "$root" && limited "$log" "$python" -m pytest -m gpu ${workers[@]+"${workers[@]}"} \
+  (cd "$root" && limited "$log" "$python" -m pytest -m gpu ${options[@]+"${options[@]}"} \
     --test-budget "$(budget 40)" "$@")
 }
 

@@ -97,15 +97,15 @@ def qualify(tmp_path, monkeypatch):
     calls = tmp_path / "calls"
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)  # it would show in every call
 
-    def start(*parts, gpu="echo 9.0; echo 9.0", python="exit 0", xdist=False, **environment):
-        python = f'[ "$*" = "-c import xdist" ] && exit {int(not xdist)}\n{python}'
+    def start(*parts, gpu="echo 9.0; echo 9.0", python="exit 0", plugins=False, **environment):
+        python = f'case "$*" in "-c import "*) exit {int(not plugins)};; esac\n{python}'
         for name, body in (("nvidia-smi", gpu), ("python", f'echo "$TORCH_CUDA_ARCH_LIST $*" >> {calls}\n{python}')):
             (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
             (tmp_path / name).chmod(0o755)
         environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"), **environment}
         done = run("bash", ROOT / "benchmarks" / "qualify.sh", *parts, cwd=tmp_path, **environment)
         listed = calls.read_text().splitlines() if calls.exists() else []
-        return done, [call for call in listed if "import xdist" not in call]
+        return done, [call for call in listed if "-c import " not in call]
 
     return start
 
@@ -189,11 +189,12 @@ def test_qualify_keeps_to_its_time(qualify, tmp_path):
 
 
 def test_qualify_runs_the_tests_in_several_processes_where_it_can(qualify, tmp_path):
-    done, calls = qualify("test", "test-triton", tmp_path / "out", xdist=True, WORKERS="5")
+    done, calls = qualify("test", "test-triton", tmp_path / "out", plugins=True, WORKERS="5")
     assert done.returncode == 0, done.stdout + done.stderr
     tests = [call for call in calls if "pytest" in call]
     assert len(tests) == 2
-    assert all(" -m gpu -n 5 --dist worksteal --test-budget 490 " in call for call in tests)
+    options = "-n 5 --dist worksteal --timeout 100 --timeout-method thread --test-budget 490"
+    assert all(f" -m gpu {options} " in call for call in tests)
 
 
 def test_qualify_runs_the_checkout_with_libraries_that_are_there(qualify, tmp_path):
