@@ -20,6 +20,10 @@ import torch
 # For build_tools and benchmarks, which are not installed. At the end: the installed package stays the one under test.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
+_IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+for _name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
+    del os.environ[_name]  # a pytest that a test starts is no worker of pytest-xdist
+
 _LATE = "not begun: the budget of {:g} s had ended"
 _start = time.monotonic()
 _lost = ""  # the test that left the GPU unusable
@@ -54,7 +58,7 @@ def pytest_runtest_makereport(item):
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     if _lost:
-        if os.environ.get("PYTEST_XDIST_WORKER"):
+        if _IN_WORKER:
             os._exit(1)
         pytest.exit(_lost, returncode=pytest.ExitCode.TESTS_FAILED)
     budget = item.config.getoption("--test-budget")
