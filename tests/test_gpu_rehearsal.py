@@ -87,8 +87,7 @@ EXPECTED = {
 def runs(request, entries, tmp_path_factory):
     """What `rehearse` gives for each group and each defect in Python: two at a time, from the beginning."""
 
-    def run(name):
-        folder = tmp_path_factory.mktemp("rehearsal")
+    def run(name, folder):
         if name in GROUPS:
             files, expression = GROUPS[name]
             return rehearse(entries, folder, files.split(), expression)
@@ -99,7 +98,8 @@ def runs(request, entries, tmp_path_factory):
     with ThreadPoolExecutor(2) as pool:
         mine = [item for item in request.session.items if item.path == request.path and "runs" in item.fixturenames]
         names = [item.callspec.params["name"] for item in mine]
-        yield {name: pool.submit(run, name) for name in names}
+        # The folders here: pytest makes them in one thread only.
+        yield {name: pool.submit(run, name, tmp_path_factory.mktemp("rehearsal")) for name in names}
         pool.shutdown(cancel_futures=True)
 
 
@@ -122,7 +122,7 @@ torch.inference_mode = lambda mode=True: torch.set_grad_enabled(not mode)
 import gpu_rehearsal
 with gpu_rehearsal.rehearsing():
     from convnext_kernels.__main__ import main
-    sys.exit(main([*sys.argv[1:], "--device", "cuda"]))
+    gpu_rehearsal.leave(main([*sys.argv[1:], "--device", "cuda"]))
 """
 
 
@@ -134,7 +134,8 @@ def test_the_command_line(entries, tmp_path, command):
 
 
 def test_script_for_compute_sanitizer(entries, tmp_path):
-    code = "import gpu_rehearsal, gpu_small_steps\nwith gpu_rehearsal.rehearsing(): gpu_small_steps.main()"
+    code = "import gpu_rehearsal, gpu_small_steps\nwith gpu_rehearsal.rehearsing(): gpu_small_steps.main()\n"
+    code += "gpu_rehearsal.leave(0)"
     done = entries.rehearse(["-c", code], tmp_path / "launches")
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.endswith("small steps done\n")
