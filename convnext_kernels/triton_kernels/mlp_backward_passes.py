@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .device import gelu_and_derivative, live_rows, row_position
+from .mlp_backward_products import add_sums
 from .mlp_backward_rows import norm_sums, store_dz
 
 __all__ = ["grn_activation_kernel", "grn_factors_kernel", "norm_backward_kernel", "prepare_kernel"]
@@ -51,9 +52,7 @@ def prepare_kernel(
             if u is not None:
                 tl.store(u + packed + column[None, :], values.to(u.dtype.element_ty), mask=mask)
             if sum_parts is not None:
-                part = sum_parts + tile.to(tl.int64) * C + column
-                before = tl.load(part, mask=(column < C) & (accumulate != 0), other=0.0)
-                tl.store(part, before + tl.sum(values, 0), mask=column < C)
+                add_sums(sum_parts + tile.to(tl.int64) * C, values, c, BLOCK_C, C, accumulate)
         if dz is not None:
             dropped = (row >= live) & (row < rows)
             zeros = tl.zeros((BLOCK_M, BLOCK_C), dz.dtype.element_ty)

@@ -11,7 +11,14 @@ import triton.language as tl
 
 from .device import gelu_and_derivative, live_rows, row_position, tile_order
 
-__all__ = ["hidden_gradients_kernel", "input_gradient_kernel", "load_tile", "load_weight", "weight_gradient_kernel"]
+__all__ = [
+    "add_sums",
+    "hidden_gradients_kernel",
+    "input_gradient_kernel",
+    "load_tile",
+    "load_weight",
+    "weight_gradient_kernel",
+]
 
 
 @triton.jit
@@ -34,6 +41,14 @@ def load_weight(matrix, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, 
     else:
         tile = tl.load(pointers, mask=(row < ROWS)[:, None] & (column < COLUMNS)[None, :], other=0.0)
     return tile
+
+
+@triton.jit
+def add_sums(part, values, first, COUNT: tl.constexpr, COLUMNS: tl.constexpr, accumulate):
+    """part[first : first + COUNT] (+)= the sums over the rows of `values`; part has COLUMNS."""
+    column = first + tl.arange(0, COUNT)
+    before = tl.load(part + column, mask=(column < COLUMNS) & (accumulate != 0), other=0.0)
+    tl.store(part + column, before + tl.sum(values, 0), mask=column < COLUMNS)
 
 
 @triton.jit(do_not_specialize=["first", "rows", "rows_per_sample", "accumulate"])
@@ -106,9 +121,7 @@ def hidden_gradients_kernel(
             dh_tile = tl.where(inside[:, None], dg * slope, 0.0)
             tl.store(dh + out, dh_tile.to(dh.dtype.element_ty), mask=mask)
             if bias_parts is not None:
-                part = bias_parts + tile_m.to(tl.int64) * K + column
-                before = tl.load(part, mask=in_columns & (accumulate != 0), other=0.0)
-                tl.store(part, before + tl.sum(dh_tile, 0), mask=in_columns)
+                add_sums(bias_parts + tile_m.to(tl.int64) * K, dh_tile, tile_n * BLOCK_N, BLOCK_N, K, accumulate)
     else:
         # The next pass activates the rounded h: GRN's norms are those of the same values.
         rounded = h.to(g.dtype.element_ty)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .device import gelu_and_derivative, live_rows, row_position
 from .epilogue import halves
-from .mlp_backward_products import load_tile, load_weight
+from .mlp_backward_products import add_sums, load_tile, load_weight
 
 __all__ = ["norm_gradient_kernel", "norm_sums", "row_gradients_kernel", "store_dz"]
 
@@ -145,7 +145,7 @@ def _prepare_columns(
     if u is not None:
         tl.store(u + packed + column, u_tile, mask=mask)
     if sum_part is not None:
-        _add_sums(sum_part, values, FIRST, COUNT, C, accumulate)
+        add_sums(sum_part, values, FIRST, COUNT, C, accumulate)
     hat_tile = u_tile  # not used
     if NORMALISED:
         normalised = _load_normalised(z, place, centre, scale, inside, "evict_last", C, FIRST, COUNT)
@@ -155,14 +155,6 @@ def _prepare_columns(
         if hat is not None:
             tl.store(hat + packed + column, hat_tile, mask=mask)
     return hat_tile, u_tile
-
-
-@triton.jit
-def _add_sums(part, values, FIRST: tl.constexpr, COUNT: tl.constexpr, COLUMNS: tl.constexpr, accumulate):
-    """part[FIRST : FIRST + COUNT] (+)= the sums over the rows of `values`."""
-    column = FIRST + tl.arange(0, COUNT)
-    before = tl.load(part + column, mask=(column < COLUMNS) & (accumulate != 0), other=0.0)
-    tl.store(part + column, before + tl.sum(values, 0), mask=column < COLUMNS)
 
 
 @triton.jit
@@ -274,9 +266,7 @@ def row_gradients_kernel(
         # A selection: a row beyond the live ones has some row's values; a column beyond K has none.
         gradient = tl.where(mask, dg * slope, 0.0)
         if bias_parts is not None:
-            part = bias_parts + tile.to(tl.int64) * K + hidden
-            before = tl.load(part, mask=in_columns & (accumulate != 0), other=0.0)
-            tl.store(part, before + tl.sum(gradient, 0), mask=in_columns)
+            add_sums(bias_parts + tile.to(tl.int64) * K, gradient, k, BLOCK_K, K, accumulate)
         rounded = gradient.to(z.dtype.element_ty)
         if dh is not None:
             tl.store(dh + out, rounded, mask=mask)
