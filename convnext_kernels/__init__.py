@@ -30,6 +30,7 @@ from . import reference
 from .backends import use as use_backend
 from .block import FusedConvNeXtBlock
 from .convert import FusionEntry, FusionReport, fuse, fusion_report, unfuse
+from .fcmae import FCMAE, FCMAEOutput
 from .native import build_info
 from .operators import (
     BiasGeluFunction,
@@ -44,17 +45,21 @@ from .operators import (
     layer_norm_mlp,
 )
 from .reference import ReferenceConvNeXtBlock
+from .visible import VisiblePatches
 
 __all__ = [
+    "FCMAE",
     "BiasGeluFunction",
     "ConvNeXtBlockFunction",
     "DepthwiseConv2dFunction",
+    "FCMAEOutput",
     "FusedConvNeXtBlock",
     "FusionEntry",
     "FusionReport",
     "LayerNormFunction",
     "LayerNormMlpFunction",
     "ReferenceConvNeXtBlock",
+    "VisiblePatches",
     "__version__",
     "bias_gelu",
     "build_info",

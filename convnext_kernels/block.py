@@ -7,9 +7,9 @@ from torch import Tensor
 
 from . import backends, reference
 from .operators import _arguments as arguments
-from .operators.block import convnext_block
 from .operators.mlp import branch_dtype
 from .reference import ConvNeXtBlockParameters, DropPath
+from .visible import VisiblePatches, run_operator
 
 __all__ = ["FusedConvNeXtBlock"]
 
@@ -41,6 +41,9 @@ class FusedConvNeXtBlock(ConvNeXtBlockParameters):
         (N, C, H, W) to (N, C, H, W), N >= 0, H, W >= 1, fp32, fp64, fp16 or bf16, channels-last in memory. NCHW memory
         is taken with one copy. Under autocast the branch runs in the autocast dtype and the residual sum in x's dtype,
         as in eager PyTorch.
+
+        ``block(x, visible)`` takes and returns the visible patches of masked images, (N * K, C, h, w), and computes
+        what a sparse convolution would (:class:`convnext_kernels.VisiblePatches`).
 
     Raises:
         ValueError, TypeError: bad arguments, here or in ``forward``.
@@ -85,9 +88,10 @@ class FusedConvNeXtBlock(ConvNeXtBlockParameters):
             backends.checked(backend, "FusedConvNeXtBlock: argument 'backend'")
         self.backend = backend
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, visible: VisiblePatches | None = None) -> Tensor:
         return run_block(
             x,
+            visible,
             self.dwconv.weight,
             self.dwconv.bias,
             self.norm.weight,
@@ -112,6 +116,7 @@ class FusedConvNeXtBlock(ConvNeXtBlockParameters):
 
 def run_block(
     x: Tensor,
+    visible: VisiblePatches | None,
     conv_weight: Tensor,
     *parameters: Tensor | None,
     drop_path: DropPath | None,
@@ -128,11 +133,12 @@ def run_block(
     if drop_path is not None and drop_path.training and drop_path.drop_prob > 0:
         arguments.check_image("convnext_block", "x", x)
         dtype = branch_dtype(arguments.autocast_dtype(x) or x.dtype, parameters[-1])
-        sample_scale = drop_path.sample_scale(x, dtype)
-    if torch.onnx.is_in_onnx_export():
+        sample_scale = drop_path.sample_scale(x if visible is None else visible.index, dtype)
+    if visible is None and torch.onnx.is_in_onnx_export():
         return reference.convnext_block(x, conv_weight, *parameters, sample_scale, eps, approximate)
-    return convnext_block(
+    return run_operator(
         x,
+        visible,
         conv_weight,
         *parameters,
         sample_scale,

@@ -16,7 +16,11 @@ from .layouts import find_layout
 from .norms import FusedNorm, find_norms, plan_norm
 from .swap import Fused, original_class, restore, swap
 
-__all__ = ["FusionEntry", "FusionReport", "fuse", "fusion_report", "unfuse"]
+__all__ = ["CAN_BE_FUSED", "FusionEntry", "FusionReport", "fuse", "fusion_report", "unfuse"]
+
+
+#: The reason in the entry of what has not been fused, and can be.
+CAN_BE_FUSED = "can be fused"
 
 
 class FusionEntry(NamedTuple):
@@ -81,7 +85,7 @@ def _look_at_block(name: str, block: nn.Module, trials: dict[Any, str]) -> _Find
         reason = f"runs unfused: since it was fused, {change}" if change else ""
         return _Finding(block, FusionEntry(name, "block", family, True, reason), block._fused_plan)
     try:
-        plan, reason = plan_block(block, trials), "can be fused"
+        plan, reason = plan_block(block, trials), CAN_BE_FUSED
     except NotCoveredError as error:
         plan, reason = None, str(error)
     return _Finding(block, FusionEntry(name, "block", family, False, reason), plan)
@@ -91,7 +95,7 @@ def _look_at_norm(name: str, norm: nn.Module) -> _Finding:
     library = original_class(norm).__module__.partition(".")[0]
     family = library if library in ("torch", "timm", "torchvision", "transformers") else "official"
     try:
-        plan, reason = plan_norm(norm), "can be fused"
+        plan, reason = plan_norm(norm), CAN_BE_FUSED
     except NotCoveredError as error:
         plan, reason = None, str(error)
     fused = isinstance(norm, FusedNorm)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from ..operators import convnext_block
 from ..operators._arguments import autocast_dtype
 from ..operators.mlp import branch_dtype
+from ..visible import VisiblePatches, run_operator
 from .inspection import (
     NotCoveredError,
     agrees,
@@ -60,21 +60,24 @@ class FusedBlock(Fused):
     or set differently (an adapter, pruning, dilation), the original forward runs instead, which is logged once.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        if is_traced(x):
+    def forward(self, x: Tensor, visible: VisiblePatches | None = None) -> Tensor:
+        if visible is None and is_traced(x):
             return super().forward(x)
         plan = self._fused_plan
         modules = _find(self, plan.parts)
         change = _find_change(modules, plan.parts)
         if change is not None:
+            if visible is not None:
+                raise RuntimeError(f"{type(self).__name__} cannot run on visible patches: since it was fused, {change}")
             if not torch.compiler.is_compiling():
                 _log_change(type(self).__name__, change)
             return super().forward(x)
         tensors = _tensors(self, plan, modules)
-        return convnext_block(
+        return run_operator(
             x,
+            visible,
             *tensors,
-            _sample_scale(modules[_DROP_PATH], x, tensors[-1]),
+            _sample_scale(modules[_DROP_PATH], x, tensors[-1], visible),
             eps=modules[_NORM].eps,
             approximate=plan.approximate,
             recompute=plan.recompute,
@@ -155,7 +158,9 @@ def _tensors(block: nn.Module, plan: BlockPlan, modules: list[nn.Module]) -> tup
     )
 
 
-def _sample_scale(drop_path: nn.Module, x: Tensor, layer_scale: Tensor | None) -> Tensor | None:
+def _sample_scale(
+    drop_path: nn.Module, x: Tensor, layer_scale: Tensor | None, visible: VisiblePatches | None = None
+) -> Tensor | None:
     """What the block's own drop path makes of ones in the branch's dtype, (N,); None where it drops nothing.
 
     So the probability, the random numbers and the scaling are the original's whatever its library.
@@ -163,7 +168,8 @@ def _sample_scale(drop_path: nn.Module, x: Tensor, layer_scale: Tensor | None) -
     if isinstance(drop_path, nn.Identity) or not drop_path.training or not getattr(drop_path, _probability(drop_path)):
         return None
     dtype = branch_dtype(autocast_dtype(x) or x.dtype, layer_scale)
-    return drop_path(x.new_ones((x.shape[0], 1, 1, 1), dtype=dtype)).flatten()
+    samples = len(x if visible is None else visible.index)
+    return drop_path(x.new_ones((samples, 1, 1, 1), dtype=dtype)).flatten()
 
 
 def _probability(drop_path: nn.Module) -> str:

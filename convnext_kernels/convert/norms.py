@@ -16,7 +16,7 @@ from .inspection import NotCoveredError, agrees, check_tensors, random_input, ra
 from .layouts import CONVNEXT_FILES
 from .swap import Fused, is_traced, original_class
 
-__all__ = ["FusedNorm", "NormPlan", "find_norms", "plan_norm", "trial_tolerance"]
+__all__ = ["FusedNorm", "NormPlan", "find_norms", "is_convnext", "plan_norm", "trial_tolerance"]
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _walk(
         if in_root or plan is None or plan.channels_first:
             yield path, module
         return
-    is_root = _is_root(module)
+    is_root = is_convnext(module)
     for name, child in module.named_children():
         child_path = f"{path}.{name}" if path else name
         yield from _walk(child, child_path, blocks, inside=inside or _is_part(child, blocks), in_root=is_root)
@@ -139,14 +139,15 @@ def _is_norm(module: nn.Module) -> bool:
     return named and not module._modules and bool(module._parameters)
 
 
-def _is_root(module: nn.Module) -> bool:
+def is_convnext(module: nn.Module) -> bool:
+    """Whether it is a module of a ConvNeXt's own file, or one with the official stem and stages."""
     if any(cls.__module__ in CONVNEXT_FILES for cls in type(module).__mro__):
         return True
     return {"downsample_layers", "stages"} <= module._modules.keys()
 
 
 def _is_part(module: nn.Module, blocks: set[nn.Module]) -> bool:
-    if _is_root(module):
+    if is_convnext(module):
         return True
     others = list(_outside(module, blocks))
     holds_blocks = any(child in blocks for other in others for child in other.children())

@@ -253,19 +253,9 @@ def convnext_block(
     """
     name = "convnext_block"
     check_convolution(name, x, conv_weight, conv_bias, 1)
-    for argument, value in (("fc1_weight", fc1_weight), ("fc2_weight", fc2_weight)):
-        arguments.check_tensor(name, argument, value)
-    parameters = {
-        "norm_weight": norm_weight,
-        "norm_bias": norm_bias,
-        "fc1_weight": _matrix(fc1_weight),
-        "fc1_bias": fc1_bias,
-        "grn_weight": _vector(grn_weight),
-        "grn_bias": _vector(grn_bias),
-        "fc2_weight": _matrix(fc2_weight),
-        "fc2_bias": fc2_bias,
-        "layer_scale": _vector(layer_scale),
-    }
+    parameters = mlp_parameters(
+        name, norm_weight, norm_bias, fc1_weight, fc1_bias, grn_weight, grn_bias, fc2_weight, fc2_bias, layer_scale
+    )
     check_mlp(name, x.shape[1], x.shape[0], **parameters, sample_scale=sample_scale, eps=eps, approximate=approximate)
     convolution = {"conv_weight": conv_weight, "conv_bias": conv_bias}
     arguments.check_device(name, x, **convolution, **parameters, sample_scale=sample_scale)
@@ -290,6 +280,34 @@ def convnext_block(
         recompute,
         backend,
     )[0]
+
+
+def mlp_parameters(
+    operator: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    grn_weight: Tensor | None,
+    grn_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    layer_scale: Tensor | None,
+) -> dict[str, Tensor | None]:
+    """A block's parameters as layer_norm_mlp takes them, by name and in order."""
+    for argument, value in (("fc1_weight", fc1_weight), ("fc2_weight", fc2_weight)):
+        arguments.check_tensor(operator, argument, value)
+    return {
+        "norm_weight": norm_weight,
+        "norm_bias": norm_bias,
+        "fc1_weight": _matrix(fc1_weight),
+        "fc1_bias": fc1_bias,
+        "grn_weight": _vector(grn_weight),
+        "grn_bias": _vector(grn_bias),
+        "fc2_weight": _matrix(fc2_weight),
+        "fc2_bias": fc2_bias,
+        "layer_scale": _vector(layer_scale),
+    }
 
 
 def _matrix(weight: Tensor) -> Tensor:

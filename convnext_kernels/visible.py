@@ -1,0 +1,189 @@
+"""Masked images: a block that computes the visible patches only (ConvNeXt V2, section 3: 'sparse convolution')."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .operators import _arguments as arguments
+from .operators import convnext_block, depthwise_conv2d, layer_norm_mlp
+from .operators.block import mlp_parameters
+
+__all__ = ["VisiblePatches", "run_operator"]
+
+
+@dataclass(frozen=True)
+class VisiblePatches:
+    """Which patches of a batch of masked images are visible: equally many in every image.
+
+    An image is a grid of patches, and so is each of its feature maps: a patch of 32 x 32 pixels is one of 8 x 8 values
+    behind a stem of stride 4. What a network computes of masked images is kept as a batch of patches, (N * K, C, h, w),
+    image by image. Layers that work on each place alone, or on the places of one patch (a downsampling convolution),
+    take it as it is. Only the depthwise convolution looks at neighbours: tell the block, ``block(x, visible)``.
+
+    Args:
+        index: (N, K), int64, on the images' device: the visible patches of each image in ascending order, counted row
+            by row.
+        grid: rows and columns of patches.
+    """
+
+    index: Tensor
+    grid: tuple[int, int]
+    _lines: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @classmethod
+    def random(
+        cls,
+        samples: int,
+        grid: tuple[int, int],
+        mask_ratio: float,
+        *,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> VisiblePatches:
+        """Masks each image at random; int((1 - mask_ratio) * patches) of them stay visible.
+
+        Raises:
+            ValueError: `mask_ratio` leaves no patch visible, or none masked.
+        """
+        patches = grid[0] * grid[1]
+        visible = int((1 - mask_ratio) * patches)
+        if not 0 < visible < patches:
+            expected = f"a ratio that masks some of {grid[0]} x {grid[1]} patches, not all"
+            arguments.wrong_value("VisiblePatches.random", "mask_ratio", expected, mask_ratio)
+        noise = torch.rand(samples, patches, device=device, generator=generator)
+        return cls(noise.argsort(dim=1)[:, :visible].sort(dim=1).values, tuple(grid))
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> VisiblePatches:
+        """From a mask (N, rows, columns), bool, True where a patch is masked. Reads it on the host: a GPU waits.
+
+        Raises:
+            TypeError: `mask` is no bool tensor.
+            ValueError: it has another rank, masks unequal numbers of patches, or all of them.
+        """
+        name = "VisiblePatches.from_mask"
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            arguments.wrong_type(name, "mask", "a torch.Tensor of dtype bool", got)
+        if mask.dim() != 3:
+            arguments.wrong_value(name, "mask", "a tensor of rank 3 (N, rows, columns)", f"shape {tuple(mask.shape)}")
+        visible = ~mask.flatten(1)
+        counts = visible.sum(1).unique().tolist()
+        if len(counts) > 1 or counts == [0]:
+            expected = "equally many visible patches in every image, and at least one"
+            arguments.wrong_value(name, "mask", expected, " to ".join(str(count) for count in (counts[0], counts[-1])))
+        index = visible.nonzero()[:, 1].view(len(mask), -1) if counts else visible.new_empty(0, 1, dtype=torch.int64)
+        return cls(index, (mask.shape[1], mask.shape[2]))
+
+    @property
+    def mask(self) -> Tensor:
+        """(N, rows, columns), bool: True where a patch is masked."""
+        mask = torch.ones(len(self.index), self.grid[0] * self.grid[1], dtype=torch.bool, device=self.index.device)
+        return mask.scatter(1, self.index, False).unflatten(1, self.grid)
+
+    def pack(self, images: Tensor) -> Tensor:
+        """The visible patches (N * K, C, h, w) of feature maps (N, C, rows * h, columns * w)."""
+        (n, visible), (rows, columns) = self.index.shape, self.grid
+        if images.dim() != 4 or images.shape[0] != n or images.shape[2] % rows or images.shape[3] % columns:
+            expected = f"shape ({n}, C, {rows} h, {columns} w)"
+            arguments.wrong_value("VisiblePatches.pack", "images", expected, f"shape {tuple(images.shape)}")
+        channels, h, w = images.shape[1], images.shape[2] // rows, images.shape[3] // columns
+        lines = images.permute(0, 2, 3, 1).reshape(n * rows * h * columns, w * channels)
+        return _Take.apply(lines, self._lines_of(h)).view(n * visible, h, w, channels).permute(0, 3, 1, 2)
+
+    def unpack(self, patches: Tensor) -> Tensor:
+        """Feature maps (N, C, rows * h, columns * w) of visible patches (N * K, C, h, w): zeros where it is masked."""
+        (n, visible), (rows, columns) = self.index.shape, self.grid
+        if patches.dim() != 4 or patches.shape[0] != n * visible:
+            expected = f"shape ({n} * {visible}, C, h, w)"
+            arguments.wrong_value("VisiblePatches.unpack", "patches", expected, f"shape {tuple(patches.shape)}")
+        _, channels, h, w = patches.shape
+        lines = patches.permute(0, 2, 3, 1).reshape(n * visible * h, w * channels)
+        lines = _Put.apply(lines, self._lines_of(h), n * rows * h * columns)
+        return lines.view(n, rows * h, columns * w, channels).permute(0, 3, 1, 2)
+
+    def _lines_of(self, height: int) -> Tensor:
+        """Where the lines of the visible patches stand among those of the whole maps, in channels-last memory.
+
+        A line is what lies together: the values of a patch in one row of the map.
+        """
+        if height not in self._lines:
+            rows, columns = self.grid
+            first = torch.arange(len(self.index), device=self.index.device).unsqueeze(1) * (rows * columns)
+            patch = self.index + first
+            line = (patch // columns * height).unsqueeze(-1) + torch.arange(height, device=patch.device)
+            self._lines[height] = (line * columns + (patch % columns).unsqueeze(-1)).flatten()
+        return self._lines[height]
+
+
+class _Take(torch.autograd.Function):
+    """`lines[index]` for an index without repetitions, of which autograd does not know: no sum in backward."""
+
+    @staticmethod
+    def forward(lines: Tensor, index: Tensor) -> Tensor:
+        return lines.index_select(0, index)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        lines, index = inputs
+        ctx.count = lines.shape[0]
+        ctx.save_for_backward(index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return _Put.apply(grad, index, ctx.count), None
+
+
+class _Put(torch.autograd.Function):
+    """`count` lines, zero but for those at `index`; the transpose of `_Take`."""
+
+    @staticmethod
+    def forward(lines: Tensor, index: Tensor, count: int) -> Tensor:
+        return lines.new_zeros(count, lines.shape[1]).index_copy_(0, index, lines)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _Take.apply(grad, *ctx.saved_tensors), None, None
+
+
+def run_operator(
+    x: Tensor,
+    visible: VisiblePatches | None,
+    *tensors: Tensor | None,
+    eps: float,
+    approximate: str,
+    recompute: bool,
+    backend: str | None,
+) -> Tensor:
+    """convnext_block of whole feature maps; or, of the visible patches (N * K, C, h, w), what it does on those.
+
+    As a sparse convolution would have it, masked places are zero where the convolution reads, and nothing is computed
+    for them: the MLP, nine tenths of a block's work, takes the visible rows alone, and GRN's norms run over those of an
+    image. `tensors` are the operator's; their last, sample_scale, is (N,).
+    """
+    options = {"eps": eps, "approximate": approximate, "recompute": recompute}
+    if visible is None:
+        return convnext_block(x, *tensors, **options, backend=backend)
+    if backend is not None:
+        arguments.wrong_value("convnext_block", "backend", "None with visible patches (see use_backend)", repr(backend))
+    conv_weight, conv_bias, *parameters, sample_scale = tensors
+    parameters = mlp_parameters("convnext_block", *parameters)
+    arguments.check_image("convnext_block", "x", x)
+    samples, patches = visible.index.shape
+    _, channels, h, w = x.shape
+    rows = (samples, patches * h * w, channels)
+    compute = arguments.autocast_dtype(x) or x.dtype
+    z = visible.pack(depthwise_conv2d(visible.unpack(x.to(compute)), conv_weight, conv_bias))
+    residual = x.permute(0, 2, 3, 1).reshape(rows)
+    z = z.permute(0, 2, 3, 1).reshape(rows)
+    y = layer_norm_mlp(z, residual, *parameters.values(), sample_scale, **options)
+    return y.view(samples * patches, h, w, channels).permute(0, 3, 1, 2)
