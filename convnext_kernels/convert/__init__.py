@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from ..backends import checked
 from ..block import FusedConvNeXtBlock
 from .blocks import FusedBlock, find_change, plan_block
+from .convolutions import FusedConvolution, find_convolutions, plan_convolution
 from .inspection import NotCoveredError
 from .layouts import find_layout
 from .norms import FusedNorm, find_norms, plan_norm
@@ -26,8 +28,9 @@ CAN_BE_FUSED = "can be fused"
 class FusionEntry(NamedTuple):
     """What became of one module.
 
-    `kind` is 'block' or 'norm'; `family` the library it is laid out as ('official' is facebookresearch's). `reason`
-    says why it is not fused, or why a fused one runs its original forward at present; else it is empty.
+    `kind` is 'block', 'norm' or 'convolution'; `family` the library it is laid out as ('official' is
+    facebookresearch's). `reason` says why it is not fused, or why a fused one runs its original forward at present;
+    else it is empty.
     """
 
     name: str
@@ -41,17 +44,19 @@ class FusionReport(list[FusionEntry]):
     """The entries in the model's order. ``str()`` is a table."""
 
     def __str__(self) -> str:
-        blocks = [entry for entry in self if entry.kind == "block"]
-        if not blocks:
+        if not self:
             return "no ConvNeXt block found"
         header = FusionEntry("module", "kind", "family", "fused", "reason")
         rows = [header, *(entry._replace(name=entry.name or "(the model)") for entry in self)]
         cells = [(*row[:3], {True: "yes", False: "no"}.get(row.fused, row.fused), row.reason) for row in rows]
         widths = [max(len(row[column]) for row in cells) for column in range(4)]
         lines = ["  ".join([*(text.ljust(width) for text, width in zip(row, widths)), row[4]]) for row in cells]
-        norms = [entry for entry in self if entry.kind == "norm"]
-        counts = (f"{sum(entry.fused for entry in group)} of {len(group)}" for group in (blocks, norms))
-        lines.append("{} blocks and {} norms fused".format(*counts))
+        counts = []
+        for kind in ("block", "norm", "convolution"):
+            group = [entry.fused for entry in self if entry.kind == kind]
+            if group or kind != "convolution":
+                counts.append(f"{sum(group)} of {len(group)} {kind}s")
+        lines.append(f"{', '.join(counts[:-1])} and {counts[-1]} fused")
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -63,11 +68,18 @@ class _Finding(NamedTuple):
     plan: Any
 
 
-def _survey(model: nn.Module) -> list[_Finding]:
+def _survey(model: nn.Module, convolutions: bool) -> list[_Finding]:
+    """All of the model's blocks and norms, and its other depthwise convolutions: all of these too, or the fused."""
     trials: dict[Any, str] = {}
     findings = [_look_at_block(name, module, trials) for name, module in model.named_modules() if _is_block(module)]
     blocks = {finding.module for finding in findings}
+    covered = {finding.module for finding in findings if finding.entry.fused or finding.plan is not None}
     findings += [_look_at_norm(name, norm) for name, norm in find_norms(model, blocks)]
+    findings += [
+        _look_at_convolution(name, conv)
+        for name, conv in find_convolutions(model, covered)
+        if convolutions or isinstance(conv, FusedConvolution)
+    ]
     order = {module: position for position, module in enumerate(model.modules())}
     return sorted(findings, key=lambda finding: order[finding.module])
 
@@ -94,15 +106,34 @@ def _look_at_block(name: str, block: nn.Module, trials: dict[Any, str]) -> _Find
 def _look_at_norm(name: str, norm: nn.Module) -> _Finding:
     library = original_class(norm).__module__.partition(".")[0]
     family = library if library in ("torch", "timm", "torchvision", "transformers") else "official"
+    return _look_at_layer(name, norm, "norm", family, plan_norm)
+
+
+def _look_at_convolution(name: str, conv: nn.Module) -> _Finding:
+    finding = _look_at_layer(name, conv, "convolution", "torch", plan_convolution)
+    if isinstance(conv, FusedConvolution) and conv.is_changed():
+        reason = "runs unfused: since it was fused, it was set differently"
+        return finding._replace(entry=finding.entry._replace(reason=reason))
+    return finding
+
+
+def _look_at_layer(name: str, layer: nn.Module, kind: str, family: str, plan_layer: Callable[..., Any]) -> _Finding:
     try:
-        plan, reason = plan_norm(norm), CAN_BE_FUSED
+        plan, reason = plan_layer(layer), CAN_BE_FUSED
     except NotCoveredError as error:
         plan, reason = None, str(error)
-    fused = isinstance(norm, FusedNorm)
-    return _Finding(norm, FusionEntry(name, "norm", family, fused, "" if fused else reason), plan)
+    fused = isinstance(layer, Fused)
+    return _Finding(layer, FusionEntry(name, kind, family, fused, "" if fused else reason), plan)
 
 
-def fuse(model: nn.Module, *, norms: bool = True, recompute: bool = True, backend: str | None = None) -> nn.Module:
+def fuse(
+    model: nn.Module,
+    *,
+    norms: bool = True,
+    convolutions: bool = False,
+    recompute: bool = True,
+    backend: str | None = None,
+) -> nn.Module:
     """Makes every ConvNeXt block of a model that the kernels cover run fused, in place.
 
     Recognised: facebookresearch's ConvNeXt and ConvNeXt-V2 (by structure), timm, torchvision, transformers (ConvNext,
@@ -119,25 +150,30 @@ def fuse(model: nn.Module, *, norms: bool = True, recompute: bool = True, backen
     Args:
         model: a model, or a block itself.
         norms: also run the LayerNorms of stem, downsampling and head through our operator.
+        convolutions: also run every other depthwise convolution through it that it covers (kernel 3 to 11, stride 1 or
+            2, padding k // 2), in any network. Its result is channels-last: so should the model be.
         recompute: compute the hidden tensor again in backward; False keeps it, for more memory and less work.
         backend: what runs the blocks (:mod:`convnext_kernels.backends`); None follows ``use_backend`` at each call, as
-            the norms always do.
+            norms and convolutions always do.
 
     Returns:
         `model`, the same object.
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: it holds no ConvNeXt block, or there is no such backend; nothing is changed.
+        ValueError: it holds no ConvNeXt block (nor, with `convolutions`, any such convolution), or there is no such
+            backend; nothing is changed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: argument 'model': expected a torch.nn.Module, got {type(model).__name__}")
     if backend is not None:
         checked(backend, "fuse: argument 'backend'")
-    findings = _survey(model)
+    findings = _survey(model, convolutions)
     blocks = [finding for finding in findings if finding.entry.kind == "block"]
-    if not blocks:
-        raise ValueError(f"fuse: argument 'model': found no ConvNeXt block in {type(model).__name__}; nothing changed")
+    layers = [finding for finding in findings if finding.entry.kind == "convolution" and finding.plan is not None]
+    if not blocks and not layers:
+        sought = "ConvNeXt block" + (" or depthwise convolution that is covered" if convolutions else "")
+        raise ValueError(f"fuse: argument 'model': found no {sought} in {type(model).__name__}; nothing changed")
     for block in blocks:
         if block.plan is not None:
             swap(block.module, FusedBlock, dataclasses.replace(block.plan, recompute=recompute, backend=backend))
@@ -148,6 +184,9 @@ def fuse(model: nn.Module, *, norms: bool = True, recompute: bool = True, backen
         for finding in findings:
             if finding.entry.kind == "norm" and finding.plan is not None:
                 swap(finding.module, FusedNorm, finding.plan)
+    if convolutions:
+        for finding in layers:
+            swap(finding.module, FusedConvolution, finding.plan)
     if left_alone:
         warnings.warn(_describe(left_alone, len(blocks)), stacklevel=2)
     return model
@@ -172,6 +211,11 @@ def unfuse(model: nn.Module) -> nn.Module:
     return model
 
 
-def fusion_report(model: nn.Module) -> FusionReport:
-    """What :func:`fuse` did to a model, or would do: an entry for each ConvNeXt block and each norm around them."""
-    return FusionReport(finding.entry for finding in _survey(model))
+def fusion_report(model: nn.Module, *, convolutions: bool = False) -> FusionReport:
+    """What :func:`fuse` did to a model, or would do: an entry for each ConvNeXt block and each norm around them.
+
+    Args:
+        model: fused or not.
+        convolutions: list every other depthwise convolution too, not only the fused.
+    """
+    return FusionReport(finding.entry for finding in _survey(model, convolutions))

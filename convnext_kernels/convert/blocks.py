@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +12,7 @@ from .. import reference
 from ..operators._arguments import autocast_dtype
 from ..operators.mlp import branch_dtype
 from ..visible import VisiblePatches, run_operator
+from .convolutions import check_convolution
 from .inspection import (
     NotCoveredError,
     agrees,
@@ -26,11 +25,9 @@ from .inspection import (
 )
 from .layouts import Layout, find_layout, known_class
 from .norms import plan_norm, trial_tolerance
-from .swap import Fused, has_hooks, is_traced
+from .swap import Fused, has_hooks, is_traced, log_change, original_class, settings_of
 
 __all__ = ["BlockPlan", "FusedBlock", "plan_block"]
-
-logger = logging.getLogger("convnext_kernels")
 
 
 class Part(NamedTuple):
@@ -70,7 +67,7 @@ class FusedBlock(Fused):
             if visible is not None:
                 raise RuntimeError(f"{type(self).__name__} cannot run on visible patches: since it was fused, {change}")
             if not torch.compiler.is_compiling():
-                _log_change(type(self).__name__, change)
+                log_change(type(self).__name__, change)
             return super().forward(x)
         tensors = _tensors(self, plan, modules)
         return run_operator(
@@ -83,11 +80,6 @@ class FusedBlock(Fused):
             recompute=plan.recompute,
             backend=plan.backend,
         )
-
-
-@functools.cache
-def _log_change(name: str, change: str) -> None:
-    logger.warning("%s runs unfused: since it was fused, %s", name, change)
 
 
 def find_change(block: nn.Module, plan: BlockPlan) -> str | None:
@@ -124,16 +116,6 @@ def _find_change(modules: list[nn.Module | None], parts: tuple[Part, ...]) -> st
             if getattr(module, name) != value:
                 return f"the {name} of its '{'.'.join(path)}' has become {getattr(module, name)!r}"
     return None
-
-
-def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
-    """What a layer's result depends on, besides its class and parameters."""
-    names = {
-        nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
-        nn.Dropout: ("p",),
-        nn.GELU: ("approximate",),
-    }.get(type(module), ())
-    return tuple((name, getattr(module, name)) for name in names)
 
 
 def _tensors(block: nn.Module, plan: BlockPlan, modules: list[nn.Module]) -> tuple[Tensor | None, ...]:
@@ -186,7 +168,7 @@ def plan_block(block: nn.Module, trials: dict[Any, str]) -> BlockPlan:
     layout = find_layout(block)
     _check_class(block, layout)
     modules = _check_modules(block, layout)
-    _check_convolution(modules[layout.conv])
+    check_convolution(modules[layout.conv])
     _check_tensors(block, layout, modules)
     act = modules[layout.act]
     approximate = gelu_form(act) if "gelu" in type(act).__name__.lower() else None
@@ -194,7 +176,7 @@ def plan_block(block: nn.Module, trials: dict[Any, str]) -> BlockPlan:
         raise NotCoveredError(f"its activation is {type(act).__name__}, not GELU")
     roles = _roles(layout, layout.grn in modules)
     parts = [
-        Part(tuple(path.split(".")), type(modules[path]), _settings(modules[path]))
+        Part(tuple(path.split(".")), type(modules[path]), settings_of(modules[path]))
         for path in [*roles, *(path for path in modules if path not in roles)]
     ]
     plan = BlockPlan(layout, tuple(parts), layout.grn in modules, approximate)
@@ -256,23 +238,6 @@ def _check_inert(module: nn.Module, path: str) -> None:
     raise NotCoveredError(f"its '{path}' is a {type(module).__name__}")
 
 
-def _check_convolution(conv: nn.Conv2d) -> None:
-    size = conv.kernel_size[0]
-    if size not in reference.KERNEL_SIZES or conv.kernel_size != (size, size):
-        raise NotCoveredError(f"its convolution has kernel size {conv.kernel_size}")
-    for setting, wanted in {
-        "stride": (1, 1),
-        "dilation": (1, 1),
-        "padding_mode": "zeros",
-        "out_channels": conv.in_channels,
-        "groups": conv.in_channels,
-    }.items():
-        if getattr(conv, setting) != wanted:
-            raise NotCoveredError(f"its convolution has {setting} {getattr(conv, setting)!r}, not {wanted!r}")
-    if conv.padding not in ((size // 2, size // 2), "same"):
-        raise NotCoveredError(f"its convolution has padding {conv.padding!r}, not {size // 2}")
-
-
 def _check_tensors(block: nn.Module, layout: Layout, modules: dict[str, nn.Module]) -> None:
     """The parameters are the expected ones, in number and size."""
     channels, hidden = modules[layout.conv].in_channels, modules[layout.fc1].weight.shape[0]
@@ -297,7 +262,7 @@ def _check_tensors(block: nn.Module, layout: Layout, modules: dict[str, nn.Modul
 
 def _check_type(module: nn.Module, path: str, *wanted: type[nn.Module]) -> None:
     # Exactly: a subclass is an adapter, a quantised or a parametrized layer.
-    if type(module) not in wanted:
+    if original_class(module) not in wanted:
         names = " or ".join(f"torch.nn.{cls.__name__}" for cls in wanted)
         raise NotCoveredError(f"its '{path}' is a {type(module).__module__}.{type(module).__name__}, not a {names}")
 

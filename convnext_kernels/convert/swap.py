@@ -7,12 +7,16 @@ reference to the module stay what they are; ``isinstance`` still holds; going ba
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Fused", "has_hooks", "is_traced", "original_class", "restore", "swap"]
+__all__ = ["Fused", "has_hooks", "is_traced", "log_change", "original_class", "restore", "settings_of", "swap"]
+
+
+logger = logging.getLogger("convnext_kernels")
 
 
 class Fused:
@@ -66,6 +70,21 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
+
+
+def settings_of(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """What a layer's result depends on, besides its class and parameters."""
+    names = {
+        nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
+        nn.Dropout: ("p",),
+        nn.GELU: ("approximate",),
+    }.get(original_class(module), ())
+    return tuple((name, getattr(module, name)) for name in names)
+
+
+@functools.cache
+def log_change(name: str, change: str) -> None:
+    logger.warning("%s runs unfused: since it was fused, %s", name, change)
 
 
 def is_traced(x: Tensor) -> bool:
