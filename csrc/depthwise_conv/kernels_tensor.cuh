@@ -67,12 +67,20 @@ struct PatchWindow {
         right(min(patch.column + plan.columns + halo, shape.width)) {}
 };
 
-// Where a copied pixel lies: even columns of a row first, then the odd ones, so that threads that read neighbouring
-// pairs of columns read neighbouring memory. `row` counts the rows of all images. Of fp32, kParts = 2: each half's
-// first four channels of all columns, then its last four.
+// Where a unit of a copied pixel lies, from its row's first: as in memory but for one bit of its place (two in fp32,
+// kParts = 2), which is exchanged so that eight threads meet eight different groups of banks both when they copy
+// neighbouring units and when they read the same unit of a half of every second column.
 template <int kParts>
-__device__ __forceinline__ int copied_unit(int row, int column, int pairs) {
-  return ((row * 2 + (column & 1)) * kParts * pairs + (column >> 1)) * kPixelUnits;
+__device__ __forceinline__ int copied_unit(int column, int unit) {
+  const int at = column * kParts * kPixelUnits + unit;
+  return kParts == 1 ? at ^ (at >> 2 & 2) : at ^ ((at >> 1 & 4) | (at >> 4 & 1));
+}
+constexpr int kSwizzledColumns = 8;  // after so many the exchanged bits are the same again
+
+// From one copied row to the next, in units.
+template <int kParts>
+__device__ __forceinline__ int copied_row_units(int pairs) {
+  return 2 * pairs * kParts * kPixelUnits;
 }
 
 // Starts copying a patch's window. A group of kLanes threads has a row at a time.
@@ -80,24 +88,24 @@ template <int kLanes, class T>
 __device__ __forceinline__ void copy_window(uint4* to, const T* from, const Images& shape, const PatchWindow& window,
                                             int64_t sample, unsigned live, int images, int most_rows, int pairs) {
   constexpr int kParts = sizeof(T) / 2, kUnits = kParts * kPixelUnits;  // of a pixel
-  constexpr int kColumns = kLanes / kUnits;  // at a time: an even number, so that a thread's parity stays
-  static_assert(kColumns % 2 == 0);
+  constexpr int kColumns = kLanes / kUnits;  // at a time
+  static_assert(kColumns % kSwizzledColumns == 0);
   const int thread = reread_thread_index(), unit = thread % kUnits, first_column = thread % kLanes / kUnits;
   const int channel = static_cast<int>(blockIdx.x) * kTensorChunk + unit * (kTensorChunk / kUnits);
   if (channel >= shape.channels) return;
   const int rows = window.bottom - window.top, columns = window.right - window.left;
   from += ((sample * shape.height + window.top) * shape.width + window.left + first_column) * shape.channels + channel;
-  to += copied_unit<kParts>(0, first_column, pairs) + unit % kParts * pairs * kPixelUnits + unit / kParts;
+  to += copied_unit<kParts>(first_column, unit);
   for (int i = thread / kLanes; i < images * rows; i += static_cast<int>(blockDim.x) / kLanes) {
     const int image = images == 1 ? 0 : divide(i, rows), row = i - image * rows;
     if (!(live >> image & 1)) continue;
     const T* at = from + static_cast<int64_t>(image * shape.height + row) * shape.width * shape.channels;
-    uint4* into = to + copied_unit<kParts>(image * most_rows + row, 0, pairs);
+    uint4* into = to + (image * most_rows + row) * copied_row_units<kParts>(pairs);
 #pragma unroll 1  // the weights' gradient has no registers to spare
     for (int column = first_column; column < columns; column += kColumns) {
       copy_async(into, at, true);
       at += kColumns * shape.channels;
-      into += copied_unit<kParts>(0, kColumns, pairs);
+      into += kColumns * kUnits;
     }
   }
 }
@@ -113,7 +121,7 @@ struct CopiedPixels {
   static constexpr int kParts = 1;
   static constexpr bool kRounds = false;
 
-  __device__ __forceinline__ uint4 read(const uint4* at, int /*pairs*/) const { return *at; }
+  __device__ __forceinline__ uint4 read(const uint4* at, int /*column*/) const { return *at; }
 };
 
 // or from fp32, rounded to T. Then pixels that belong to the patch itself are stored too.
@@ -127,8 +135,9 @@ struct RoundedPixels {
   const Patch& patch;
   unsigned existing;  // bit i: image i of the patch exists; dropped ones are copied and rounded as well
 
-  __device__ __forceinline__ uint4 read(const uint4* at, int pairs) const {
-    const uint4 low = at[0], high = at[pairs * kPixelUnits];
+  // `at`: the first four channels of the half; the others lie before or behind them (copied_unit).
+  __device__ __forceinline__ uint4 read(const uint4* at, int column) const {
+    const uint4 low = at[0], high = at[column & 4 ? -1 : 1];
     return {pack_pair<T>(__uint_as_float(low.x), __uint_as_float(low.y)),
             pack_pair<T>(__uint_as_float(low.z), __uint_as_float(low.w)),
             pack_pair<T>(__uint_as_float(high.x), __uint_as_float(high.y)),
@@ -164,8 +173,8 @@ __device__ __forceinline__ void transpose_window(uint4* planes, int plane_units,
   if (thread >= row_step * kRowItems || half >= halves) return;
   const int column = first_column + 2 * pair - window.left, columns = window.right - window.left;
   const bool has_first = column >= 0 && column < columns, has_second = column >= -1 && column + 1 < columns;
-  const uint4* const first_column_of = copied + copied_unit<kParts>(0, column, pairs) + half;
-  const uint4* const second_column_of = copied + copied_unit<kParts>(0, column + 1, pairs) + half;
+  const uint4* const first_column_of = copied + copied_unit<kParts>(column, half * kParts);
+  const uint4* const second_column_of = copied + copied_unit<kParts>(column + 1, half * kParts);
   const int above = window.top - first_row, copied_rows = window.bottom - window.top, channel = plane_units * 4;
   planes += plane_of(half * 8, plane_units);
   for (int image = 0; image < images; ++image, planes += image_units) {
@@ -174,10 +183,10 @@ __device__ __forceinline__ void transpose_window(uint4* planes, int plane_units,
       unsigned copied_images = live;
       if constexpr (Pixels::kRounds) copied_images = pixels.existing;
       const bool exists = (copied_images >> image & 1) && row >= above && row < above + copied_rows;
-      const int unit = copied_unit<kParts>(image * most_rows + row - above, 0, pairs);
+      const int unit = (image * most_rows + row - above) * copied_row_units<kParts>(pairs);
       uint4 first{0, 0, 0, 0}, second{0, 0, 0, 0};
-      if (exists && has_first) first = pixels.read(first_column_of + unit, pairs);
-      if (exists && has_second) second = pixels.read(second_column_of + unit, pairs);
+      if (exists && has_first) first = pixels.read(first_column_of + unit, column);
+      if (exists && has_second) second = pixels.read(second_column_of + unit, column + 1);
       if constexpr (Pixels::kRounds) {
         if (exists && has_first) pixels.store(image, row, 2 * pair, half, first);
         if (exists && has_second) pixels.store(image, row, 2 * pair + 1, half, second);

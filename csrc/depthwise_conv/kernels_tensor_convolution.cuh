@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(kTensorConvolutionWarps* kWarpSize, 2)
     tensor_convolution_kernel(const __grid_constant__ TensorConvolutionParams<T, R, X> params) {
   constexpr bool kRounds = !std::is_same_v<X, T>;
   constexpr int kSegmentRows = 2 * pairs_of(kBlocks), kPitch = kBlocks + 1;
-  constexpr int kCopyLanes = kBlocks == 1 ? 16 : 32;  // a row of 8 columns is 16 copies
+  constexpr int kCopyLanes = kBlocks == 1 && !kRounds ? 16 : 32;  // a row of 8 columns is 16 copies, in fp32 32
   const TensorPlan& plan = params.plan;
   const Images& shape = params.shape;
   Patch patch(plan, plan.first_patch(blockIdx.y));

@@ -95,7 +95,7 @@ inline int __syncthreads_or(int value, EMU_SITE) {
   return emu::block_barrier(value, emu::Vote::kAny, site);
 }
 inline void __syncwarp(unsigned mask = 0xffffffffu, EMU_SITE) {
-  emu::warp_operation(mask, [](emu::LaneSlot* const*, unsigned, const void*) {}, nullptr, site);
+  emu::warp_operation(mask, [](emu::LaneSlot* const*, unsigned, const void*) {}, nullptr, site, true);
 }
 inline void __threadfence() {}
 inline void __threadfence_block() {}

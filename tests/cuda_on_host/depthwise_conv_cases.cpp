@@ -435,7 +435,35 @@ void check_tensor_plan(Kind kind, const Images& shape, int staged_bytes, const C
   if (shape.samples * shape.height * shape.width < 20000) check_patches(plan, shape, kind);
 }
 
+// Eight threads that copy or read 16 bytes each at once shall meet eight different groups of banks.
+template <int kParts>
+void check_copied_units() {
+  constexpr int kUnits = kParts * kPixelUnits;
+  const auto differ = [](const auto& unit_of) {
+    unsigned banks = 0;
+    for (int i = 0; i < 8; ++i) banks |= 1u << (unit_of(i) & 7);
+    return banks == 0xff;
+  };
+  for (int column = 0; column < 64; ++column) {
+    for (int unit = 0; unit < kUnits; ++unit) {
+      const int at = copied_unit<kParts>(column, unit);
+      require(at / (2 * kUnits) == column / 2, "a copied pixel beside its pair of columns");
+      for (int other = 0; other < kUnits; ++other)
+        require(other == unit || copied_unit<kParts>(column, other) != at, "two units in one place");
+      require(copied_unit<kParts>(column ^ 1, unit) != at, "two pixels in one place");
+      require(copied_unit<kParts>(column + kSwizzledColumns, unit) == at + kSwizzledColumns * kUnits, "the period");
+    }
+    if (column * kUnits % 8 == 0)
+      require(differ([=](int i) { return copied_unit<kParts>(column + i / kUnits, i % kUnits); }), "banks of copies");
+    for (int part = 0; part < kParts; ++part)
+      require(differ([=](int i) { return copied_unit<kParts>(column + i / 2 * 2, i % 2 * kParts + part); }),
+              "banks where copies are read");
+  }
+}
+
 int tensor_plan_case(const Options&) {
+  check_copied_units<1>();
+  check_copied_units<2>();
   const Chip chips[] = {chip_of_architecture(80),  chip_of_architecture(86),  chip_of_architecture(90),
                         chip_of_architecture(100), chip_of_architecture(120), {1, 163 * 1024, 164 * 1024}};
   std::mt19937 random(2);

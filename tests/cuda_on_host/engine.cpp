@@ -413,7 +413,7 @@ int block_barrier(int value, Vote vote, Site site) {
   return engine.vote_result;
 }
 
-void warp_operation(unsigned mask, WarpFunction function, const void* context, Site site) {
+void warp_operation(unsigned mask, WarpFunction function, const void* context, Site site, bool orders_memory) {
   Fiber* fiber = engine.current;
   fiber->site = site;
   const unsigned first = fiber->thread / 32 * 32;
@@ -435,7 +435,7 @@ void warp_operation(unsigned mask, WarpFunction function, const void* context, S
   }
   if (!complete) return leave(fiber);
   function(lanes, mask, context);
-  race::join_warp(fiber->thread / 32, mask);
+  if (orders_memory) race::join_warp(fiber->thread / 32, mask);
   for (unsigned i = 0; i < 32; ++i)
     if (lanes[i]) engine.fibers[first + i]->state = State::kReady;
 }

@@ -60,7 +60,8 @@ void block_barrier(Site site);
 int block_barrier(int value, Vote vote, Site site);
 
 // --- operations of a warp: each lane fills its slot and calls; when the last lane of the mask has come, `function`
-// runs once for all of them. Lanes that are not in the mask or have exited are null in its array of 32.
+// runs once for all of them. Lanes that are not in the mask or have exited are null in its array of 32. Only what orders
+// memory lets lanes see what others wrote: on a GPU __syncwarp does, and shuffles, votes, ldmatrix and mma do not.
 constexpr size_t kSlotBytes = 64;
 struct LaneSlot {
   unsigned char value[kSlotBytes], result[kSlotBytes];
@@ -69,7 +70,7 @@ struct LaneSlot {
 using WarpFunction = void (*)(LaneSlot* const* lane, unsigned mask, const void* context);
 LaneSlot& lane_slot();
 int lane_id();
-void warp_operation(unsigned mask, WarpFunction function, const void* context, Site site);
+void warp_operation(unsigned mask, WarpFunction function, const void* context, Site site, bool orders_memory = false);
 
 // --- dynamic shared memory: the ordinal'th piece of this block, a heap block of its own with guarded ends
 void* shared_piece(int ordinal, size_t bytes);
