@@ -21,9 +21,9 @@ raises; nothing falls back silently.
 
 How a call gets there. A raw operator's Autograd kernel (operators/_registration.py) ends in :func:`call`. That runs
 the chosen implementation at once where the arguments are plain tensors, and goes on through the dispatcher where
-something wants to see the operator itself: tracing, a fake tensor, a tensor subclass, a functorch transform. At the end
-of the dispatcher's list stands :func:`route`, under BackendSelect: the last key before the devices', and one that
-inference mode, where Autograd's is skipped, leaves in place.
+something wants to see the operator itself: tracing, a fake tensor, a tensor subclass. At the end of the dispatcher's
+list stands :func:`route`, under BackendSelect: the last key before the devices', and one that inference mode, where
+Autograd's is skipped, leaves in place.
 """
 
 from __future__ import annotations

@@ -133,7 +133,8 @@ def run_block(
     if drop_path is not None and drop_path.training and drop_path.drop_prob > 0:
         arguments.check_image("convnext_block", "x", x)
         dtype = branch_dtype(arguments.autocast_dtype(x) or x.dtype, parameters[-1])
-        sample_scale = drop_path.sample_scale(x if visible is None else visible.index, dtype)
+        samples = visible.index if isinstance(visible, VisiblePatches) else x
+        sample_scale = drop_path.sample_scale(samples, dtype)
     if visible is None and torch.onnx.is_in_onnx_export():
         return reference.convnext_block(x, conv_weight, *parameters, sample_scale, eps, approximate)
     return run_operator(

@@ -41,7 +41,8 @@ class FCMAE(nn.Module):
 
     GRN's norms run over the visible patches of one image, as in the paper's algorithm 1 and its masked form for JAX
     (facebookresearch/ConvNeXt-V2, TRAINING.md); the official PyTorch code takes them over the whole batch. Parameters
-    beyond the encoder's last block (its norm, its head) take no part and get no gradient.
+    beyond the encoder's last block (its norm, its head) take no part and get no gradient. The encoder's parts are
+    called one by one: what its stages do besides, gradient checkpointing for one, is not done.
 
     Args:
         encoder: a ConvNeXt of timm, torchvision, transformers or the official code, fused or not, or an
@@ -71,8 +72,13 @@ class FCMAE(nn.Module):
         normalize_target: bool = False,
     ) -> None:
         super().__init__()
-        if not 0 < mask_ratio < 1:
-            arguments.wrong_value("FCMAE", "mask_ratio", "a number between 0 and 1", mask_ratio)
+        if not isinstance(mask_ratio, float) or not 0 < mask_ratio < 1:
+            arguments.wrong_value("FCMAE", "mask_ratio", "a number between 0 and 1", repr(mask_ratio))
+        sizes = {"image_channels": image_channels, "decoder_dim": decoder_dim, "decoder_depth": decoder_depth}
+        for argument, value in sizes.items():
+            least = 0 if argument == "decoder_depth" else 1
+            if not isinstance(value, int) or value < least:
+                arguments.wrong_value("FCMAE", argument, f"an integer of at least {least}", repr(value))
         self.mask_ratio = mask_ratio
         self.normalize_target = normalize_target
         self.image_channels = image_channels
@@ -125,7 +131,14 @@ class FCMAE(nn.Module):
         """The encoder's features of the visible patches, (N, C, rows, columns); 0 where it is masked."""
         x = visible.pack(images)
         for step in _steps(self.encoder):
-            x = step(x, visible) if isinstance(step, _BLOCKS) else step(x)
+            if isinstance(step, _BLOCKS):
+                x = step(x, visible)
+            elif _is_block(step):
+                raise RuntimeError(
+                    f"FCMAE: a {type(step).__name__} of the encoder is not fused any more; fuse(encoder)"
+                )
+            else:
+                x = step(x)
         return visible.unpack(x)
 
     def decode(self, features: Tensor, visible: VisiblePatches) -> Tensor:
@@ -147,7 +160,8 @@ class FCMAE(nn.Module):
         """Images (N, image_channels, H, W) laid out as predictions are."""
         rows, columns = images.shape[2] // self.stride, images.shape[3] // self.stride
         x = images.reshape(len(images), self.image_channels, rows, self.stride, columns, self.stride)
-        return x.permute(0, 3, 5, 1, 2, 4).reshape(len(images), -1, rows, columns)
+        x = x.permute(0, 3, 5, 1, 2, 4)
+        return x.reshape(len(images), self.stride**2 * self.image_channels, rows, columns)
 
     def unpatchify(self, prediction: Tensor) -> Tensor:
         """Predictions as images (N, image_channels, H, W)."""

@@ -11,6 +11,9 @@ arXiv:1603.09382), section 3.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,6 +66,8 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") 
 
 def grn(x: Tensor, weight: Tensor, bias: Tensor, eps: float = GRN_EPS) -> Tensor:
     """Global response normalisation of x (N, ..., K): the norms run over everything between N and K."""
+    if x.dim() == 2:
+        return grn(x.unsqueeze(1), weight, bias, eps).squeeze(1)  # vector_norm takes no dimensions for all of them
     norm = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim() - 1)), keepdim=True)
     return x + weight * (x * (norm / (norm.mean(dim=-1, keepdim=True) + eps))) + bias
 
@@ -209,21 +214,28 @@ class ConvNeXtBlockParameters(nn.Module):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        if not isinstance(dim, int) or dim < 1:
-            raise ValueError(f"{name}: argument 'dim': expected an integer of at least 1, got {dim!r}")
-        if kernel_size not in KERNEL_SIZES:
-            raise ValueError(f"{name}: argument 'kernel_size': expected one of {KERNEL_SIZES}, got {kernel_size!r}")
-        if not eps >= 0:
-            raise ValueError(f"{name}: argument 'eps': expected a number of at least 0, got {eps!r}")
-        if not 0.0 <= drop_path < 1.0:
-            raise ValueError(f"{name}: argument 'drop_path': expected a number in [0, 1), got {drop_path!r}")
-        if approximate not in ("none", "tanh"):
-            raise ValueError(f"{name}: argument 'approximate': expected 'none' or 'tanh', got {approximate!r}")
-        hidden = int(mlp_ratio * dim)
-        if hidden < 1:
-            raise ValueError(f"{name}: argument 'mlp_ratio': expected at least 1 / dim, got {mlp_ratio!r}")
         if layer_scale_init_value is None:
             layer_scale_init_value = 0.0 if use_grn else 1e-6
+
+        def check(argument: str, value: Any, expected: str, holds: bool) -> None:
+            if not holds:
+                raise ValueError(f"{name}: argument '{argument}': expected {expected}, got {value!r}")
+
+        def is_number(value: Any) -> bool:
+            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+        def is_integer(value: Any) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool)
+
+        check("dim", dim, "an integer of at least 1", is_integer(dim) and dim >= 1)
+        sizes = f"one of {KERNEL_SIZES}"
+        check("kernel_size", kernel_size, sizes, is_integer(kernel_size) and kernel_size in KERNEL_SIZES)
+        check("eps", eps, "a number of at least 0", is_number(eps) and eps >= 0)
+        check("drop_path", drop_path, "a number in [0, 1)", is_number(drop_path) and 0 <= drop_path < 1)
+        check("layer_scale_init_value", layer_scale_init_value, "a number or None", is_number(layer_scale_init_value))
+        check("approximate", approximate, "'none' or 'tanh'", approximate in ("none", "tanh"))
+        hidden = int(mlp_ratio * dim) if is_number(mlp_ratio) else 0
+        check("mlp_ratio", mlp_ratio, "a number of at least 1 / dim", hidden >= 1)
         factory = {"device": device, "dtype": dtype}
         self.dwconv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=bias, **factory)
         self.norm = nn.LayerNorm(dim, eps=eps, **factory)

@@ -47,8 +47,10 @@ class VisiblePatches:
         """Masks each image at random; int((1 - mask_ratio) * patches) of them stay visible.
 
         Raises:
-            ValueError: `mask_ratio` leaves no patch visible, or none masked.
+            ValueError: `grid` is no pair of sizes; or `mask_ratio` leaves no patch visible, or none masked.
         """
+        if not isinstance(grid, (tuple, list)) or len(grid) != 2:
+            arguments.wrong_value("VisiblePatches.random", "grid", "two sizes, rows and columns", repr(grid))
         patches = grid[0] * grid[1]
         visible = int((1 - mask_ratio) * patches)
         if not 0 < visible < patches:
@@ -170,6 +172,8 @@ def run_operator(
     for them: the MLP, nine tenths of a block's work, takes the visible rows alone, and GRN's norms run over those of an
     image. `tensors` are the operator's; their last, sample_scale, is (N,).
     """
+    if not isinstance(visible, (VisiblePatches, type(None))):
+        arguments.wrong_type("convnext_block", "visible", "VisiblePatches or None", type(visible).__name__)
     options = {"eps": eps, "approximate": approximate, "recompute": recompute}
     if visible is None:
         return convnext_block(x, *tensors, **options, backend=backend)

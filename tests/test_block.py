@@ -259,6 +259,13 @@ def test_empty_batch(use_grn, autocast):
         ({"dim": 8, "kernel_size": 13}, "'kernel_size': expected one of"),
         ({"dim": 8, "eps": -1e-6}, "'eps': expected a number of at least 0"),
         ({"dim": 8, "mlp_ratio": 0}, "'mlp_ratio': expected"),
+        ({"dim": True}, "'dim': expected"),
+        ({"dim": 8, "kernel_size": 7.0}, "'kernel_size': expected one of"),
+        ({"dim": 8, "drop_path": None}, r"'drop_path': expected a number in \[0, 1\), got None"),
+        ({"dim": 8, "mlp_ratio": "4"}, "'mlp_ratio': expected a number of at least 1 / dim, got '4'"),
+        ({"dim": 8, "mlp_ratio": float("inf")}, "'mlp_ratio': expected"),
+        ({"dim": 8, "layer_scale_init_value": "small"}, "'layer_scale_init_value': expected a number or None"),
+        ({"dim": 8, "eps": "1e-6"}, "'eps': expected"),
         ({"dim": 8, "approximate": "erf"}, "'approximate': expected 'none' or 'tanh', got 'erf'"),
     ],
     ids=str,
@@ -269,6 +276,39 @@ def test_constructor_errors(arguments, message):
 
 
 # --- a module among others
+
+
+def set_a_channel(y):
+    y[:, 0] = 0
+    return 2 * y
+
+
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+@pytest.mark.parametrize("change", [torch.relu_, lambda y: y.add_(1), set_a_channel])
+def test_the_output_can_be_changed_in_place(change, backend):
+    """As eager's can; a residual network's next layer may do so."""
+    block, x = ck.FusedConvNeXtBlock(8, layer_scale_init_value=1.0), torch.randn(2, 8, 6, 6)
+    reference = ck.ReferenceConvNeXtBlock(8, layer_scale_init_value=1.0)
+    reference.load_state_dict(block.state_dict())
+    if backend is not None:
+        torch._dynamo.reset()
+        block = torch.compile(block, backend=backend)
+    results = []
+    for module in (block, reference):
+        leaf = x.clone().requires_grad_()
+        y = change(module(leaf))
+        y.square().sum().backward()
+        results.append((y.detach(), leaf.grad))
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_gradients_have_the_parameters_strides(format):
+    """DistributedDataParallel compares them with its buckets'."""
+    block = ck.FusedConvNeXtBlock(8).to(memory_format=format)
+    block(torch.randn(2, 8, 6, 6)).sum().backward()
+    assert all(p.grad.stride() == p.stride() for p in block.parameters())
 
 
 def test_deepcopy_pickle_and_save():

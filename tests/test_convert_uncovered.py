@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from convnext_kernels import fuse, fusion_report, unfuse
+from convnext_kernels.convert.swap import log_unfused
 from model_families import (
     BLOCKS,
     DEPTHS,
@@ -125,6 +126,68 @@ def test_a_block_changed_after_fusing_runs_its_original_forward(change, caplog):
     assert_same(results(model, images()), results(twin, images()))
     unfuse(model)
     torch.testing.assert_close(model(images()), twin(images()))
+
+
+def test_grn_set_differently_after_fusing(caplog):
+    model = randomize(timm_model(use_grn=True, ls_init_value=None)).eval()
+    twin = copy.deepcopy(model)
+    fuse(model)
+    for changed in (model, twin):
+        changed.stages[1].blocks[0].mlp.grn.eps = 0.5
+    with caplog.at_level(logging.WARNING, "convnext_kernels"):
+        torch.testing.assert_close(model(images()), twin(images()))
+    (entry,) = [entry for entry in fusion_report(model) if entry.reason]
+    assert entry.reason == "runs unfused: since it was fused, the eps of its 'mlp.grn' has become 0.5"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixed_dtypes_run_as_eager_has_them(dtype, caplog):
+    """A bf16 model that keeps its norms in fp32 runs on a CPU; so does a layer scale in fp32."""
+    log_unfused.cache_clear()
+    model = randomize(timm_model()).bfloat16().eval()
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm) and dtype == torch.float32:
+            module.float()
+        if isinstance(module, ConvNeXtBlock) and dtype == torch.bfloat16:
+            module.gamma.data = module.gamma.data.float()
+    block, x = model.stages[0].blocks[0], torch.randn(2, DIMS[0], 8, 8).bfloat16()
+    expected = block(x)
+    fuse(block)
+    with caplog.at_level(logging.WARNING, "convnext_kernels"):
+        got = block(x)
+    assert got.dtype == expected.dtype
+    torch.testing.assert_close(got, expected)
+    assert "runs unfused: it holds a parameter in torch.float32 where x is in torch.bfloat16" in caplog.text
+    with torch.autocast("cpu", torch.bfloat16):  # where mixtures are what is usual
+        assert block(x).grad_fn.name() == "ConvNeXtBlockFunctionBackward"
+
+
+def test_unfusing_what_has_been_extended_since():
+    model = fuse(timm_model())
+    norm = model.stages[1].downsample[0]
+    torch.nn.utils.parametrize.register_parametrization(norm, "weight", nn.Identity())
+    expected = model(images())
+    with pytest.raises(
+        ValueError, match=r"'stages.1.downsample.0' has become a ParametrizedFused\w+ since it was fused"
+    ):
+        unfuse(model)
+    torch.testing.assert_close(model(images()), expected)
+    assert counts(model)[0] == BLOCKS
+    torch.nn.utils.parametrize.remove_parametrizations(norm, "weight")
+    torch.testing.assert_close(unfuse(model)(images()), expected, rtol=1e-4, atol=1e-4)
+    assert counts(model) == (0, 0)
+
+
+def test_unfusing_after_forward_was_wrapped_and_put_back():
+    model = fuse(timm_model())
+    block = model.stages[0].blocks[0]
+    original = block.forward
+    block.forward = lambda x: original(x)
+    block.forward = original
+    expected = model(images())
+    unfuse(model)
+    assert "forward" not in vars(block)
+    torch.testing.assert_close(model(images()), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_change_is_logged_once(caplog):
@@ -426,8 +489,10 @@ def test_a_model_without_blocks(model):
 
 @pytest.mark.parametrize("model", [None, Block, torch.zeros(3), {}])
 def test_not_a_module(model):
-    with pytest.raises(TypeError, match=r"fuse: argument 'model': expected a torch\.nn\.Module, got "):
-        fuse(model)
+    for function in (fuse, unfuse, fusion_report):
+        message = rf"{function.__name__}: argument 'model': expected a torch\.nn\.Module, got "
+        with pytest.raises(TypeError, match=message):
+            function(model)
 
 
 class TwoTowers(nn.Module):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import convnext_kernels as ck
-from convnext_kernels import FCMAE, FusedConvNeXtBlock, VisiblePatches, fuse, fusion_report
+from convnext_kernels import FCMAE, FusedConvNeXtBlock, VisiblePatches, fuse, fusion_report, unfuse
 from convnext_kernels.fcmae import FCMAEOutput
 from model_families import FAMILIES, images, official_v2, randomize, timm_model, timm_v2
 from numerics import assert_close
@@ -289,6 +289,7 @@ def test_pack_and_unpack():
     [
         (lambda: VisiblePatches.random(2, (2, 2), 0.9), ValueError, "'mask_ratio': expected a ratio that masks some"),
         (lambda: VisiblePatches.random(2, (2, 2), 0), ValueError, "'mask_ratio'"),
+        (lambda: VisiblePatches.random(2, 4, 0.5), ValueError, "'grid': expected two sizes, rows and columns, got 4"),
         (lambda: VisiblePatches.from_mask(torch.ones(1, 2, 2)), TypeError, "'mask': expected a torch.Tensor of dtype"),
         (lambda: VisiblePatches.from_mask([True]), TypeError, "'mask'.*got list"),
         (lambda: VisiblePatches.from_mask(torch.ones(2, 2, dtype=torch.bool)), ValueError, "rank 3"),
@@ -313,6 +314,17 @@ def test_a_block_changed_after_fusing():
     block.mlp.act = nn.ReLU()
     with pytest.raises(RuntimeError, match="cannot run on visible patches: since it was fused, its"):
         block(torch.randn(6, 16, 2, 2), visible_patches())
+
+
+@pytest.mark.parametrize("change", ["unfuse", "replace"])
+def test_an_encoder_that_is_not_fused_any_more(change):
+    mae, visible = FCMAE(timm_v2(), decoder_dim=8), visible_patches()
+    if change == "unfuse":
+        unfuse(mae.encoder)
+    else:
+        mae.encoder.stages[1].blocks[0] = timm_v2().stages[1].blocks[0]
+    with pytest.raises(RuntimeError, match="a ConvNeXtBlock of the encoder is not fused"):
+        mae.encode(pictures(dtype=torch.float32), visible)
 
 
 # --- the whole
@@ -414,9 +426,23 @@ def test_bad_images_and_masks(images, mask, error, message):
         FCMAE(timm_v2(), decoder_dim=8)(images, mask)
 
 
-def test_mask_ratio_out_of_range():
-    with pytest.raises(ValueError, match="FCMAE: argument 'mask_ratio': expected a number between 0 and 1, got 1"):
-        FCMAE(timm_v2(), mask_ratio=1.0)
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"mask_ratio": 1.0}, "'mask_ratio': expected a number between 0 and 1, got 1.0"),
+        ({"mask_ratio": "0.6"}, "'mask_ratio': expected"),
+        ({"decoder_dim": 8.0}, "'decoder_dim': expected an integer of at least 1, got 8.0"),
+        ({"decoder_depth": -1}, "'decoder_depth': expected an integer of at least 0, got -1"),
+        ({"image_channels": "3"}, "'image_channels': expected an integer"),
+    ],
+)
+def test_bad_settings(options, message):
+    with pytest.raises(ValueError, match=f"FCMAE: argument {message}"):
+        FCMAE(timm_v2(), **options)
+
+
+def test_an_empty_batch_of_images():
+    assert FCMAE(timm_v2(), decoder_dim=8)(torch.ones(0, 3, 64, 96)).prediction.shape == (0, 3072, 2, 3)
 
 
 def test_pretraining_on_photographs():

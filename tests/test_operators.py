@@ -383,10 +383,14 @@ BAD_BLOCKS = {
     "no tensor": (lambda: replaced(0, [1.0]), TypeError, "'x': expected a torch.Tensor, got list"),
     "integers": (lambda: replaced(0, torch.zeros(2, 4, 5, 5, dtype=torch.int64)), TypeError, "'x': expected dtype"),
     "dtype mix": (lambda: replaced(0, images(2, 4, 5, 5, torch.bfloat16)), TypeError, "'conv_weight': expected dtype"),
-    "channels": (lambda: replaced(1, values(5, 1, 7, 7)), ValueError, r"'weight': expected shape \(4, 1, 7, 7\)"),
-    "even kernel": (lambda: replaced(1, values(4, 1, 6, 6)), ValueError, "'weight': expected a kernel size"),
-    "kernel 13": (lambda: replaced(1, values(4, 1, 13, 13)), ValueError, "'weight': expected a kernel size"),
-    "not depthwise": (lambda: replaced(1, values(4, 4, 7, 7)), ValueError, r"'weight': expected shape \(4, 1, 7, 7\)"),
+    "channels": (lambda: replaced(1, values(5, 1, 7, 7)), ValueError, r"'conv_weight': expected shape \(4, 1, 7, 7\)"),
+    "even kernel": (lambda: replaced(1, values(4, 1, 6, 6)), ValueError, "'conv_weight': expected a kernel size"),
+    "kernel 13": (lambda: replaced(1, values(4, 1, 13, 13)), ValueError, "'conv_weight': expected a kernel size"),
+    "not depthwise": (
+        lambda: replaced(1, values(4, 4, 7, 7)),
+        ValueError,
+        r"'conv_weight': expected shape \(4, 1, 7, 7\)",
+    ),
     "empty height": (
         lambda: replaced(0, torch.zeros(2, 4, 0, 5)),
         ValueError,
@@ -398,6 +402,13 @@ BAD_BLOCKS = {
     "fc2": (lambda: replaced(9, values(4, 9)), ValueError, r"'fc2_weight': expected shape \(4, 8\)"),
     "half a GRN": (lambda: replaced(7, values(8)), ValueError, "'grn_bias': expected both"),
     "layer scale": (lambda: replaced(11, values(3)), ValueError, r"'layer_scale': expected shape \(4,\)"),
+    "layer scale, a number": (
+        lambda: replaced(11, 0.5),
+        TypeError,
+        "'layer_scale': expected a torch.Tensor, got float",
+    ),
+    "no fc2": (lambda: replaced(9, None), TypeError, "'fc2_weight': expected a torch.Tensor, got NoneType"),
+    "sparse": (lambda: replaced(0, images(2, 4, 5, 5).to_sparse()), TypeError, "'x': expected a dense tensor"),
     "device mix": (
         lambda: replaced(5, torch.zeros(8, 4, device="meta")),
         ValueError,
@@ -435,6 +446,44 @@ def test_other_errors():
         ck.convnext_block(*block_arguments(), torch.ones(3))
     with pytest.raises(ValueError, match=r"layer_norm_mlp: argument 'residual': expected shape \(2, 4\)"):
         ck.layer_norm_mlp(torch.randn(2, 4), torch.randn(2, 3), *mlp_parameters(4, 8))
+
+
+def test_arguments_of_a_wrong_type():
+    x, z = images(2, 4, 5, 5), torch.randn(2, 4)
+    with pytest.raises(ValueError, match=r"depthwise_conv2d: argument 'stride': expected 1 or 2, got 1.0"):
+        ck.depthwise_conv2d(x, values(4, 1, 7, 7), stride=1.0)
+    with pytest.raises(TypeError, match=r"layer_norm: argument 'eps': expected a number, got NoneType"):
+        ck.layer_norm(z, eps=None)
+    with pytest.raises(TypeError, match=r"layer_norm: argument 'out_dtype': expected float32, .* got torch.int32"):
+        ck.layer_norm(z, out_dtype=torch.int32)
+    with pytest.raises(TypeError, match=r"layer_norm: argument 'weight': expected dtype torch.float64, got"):
+        ck.layer_norm(z.double(), torch.ones(4))
+    with pytest.raises(TypeError, match=r"bias_gelu: argument 'bias': expected dtype torch.bfloat16 or torch.float32"):
+        ck.bias_gelu(z.bfloat16(), torch.ones(4).half())
+    with pytest.raises(
+        TypeError, match=r"layer_norm_mlp: argument 'fc2_weight': expected a torch.Tensor, got NoneType"
+    ):
+        ck.layer_norm_mlp(z, None, *[None if i == 6 else p for i, p in enumerate(mlp_parameters(4, 8))])
+    with pytest.raises(TypeError, match=r"convnext_block: argument 'recompute': expected a bool, got str"):
+        ck.convnext_block(*block_arguments(), recompute="no")
+    with pytest.raises(
+        TypeError, match=r"convnext_block: argument 'visible': expected VisiblePatches or None, got list"
+    ):
+        ck.FusedConvNeXtBlock(4)(x, [0])
+
+
+def test_grn_of_two_dimensions():
+    """Nothing lies between N and K: a norm is the value's own."""
+    z, parameters = values(3, 4, dtype=torch.float64), mlp_parameters(4, 8, torch.float64, grn=True)
+    expected = reference.layer_norm_mlp(z[:, None], None, *parameters)[:, 0]
+    torch.testing.assert_close(reference.layer_norm_mlp(z, None, *parameters), expected)
+    torch.testing.assert_close(ck.layer_norm_mlp(z, None, *parameters), expected)
+
+
+@pytest.mark.parametrize("derive", [torch.func.grad, torch.func.jacrev, torch.func.hessian])
+def test_derivatives_by_torch_func_raise(derive):
+    with pytest.raises(RuntimeError, match=r"derivatives by torch.func \(grad, vjp, ...\) are not supported; unfuse"):
+        derive(lambda x: ck.bias_gelu(x).sum())(torch.randn(2, 4))
 
 
 def test_unknown_backend():

@@ -16,7 +16,7 @@ from .convolutions import FusedConvolution, find_convolutions, plan_convolution
 from .inspection import NotCoveredError
 from .layouts import find_layout
 from .norms import FusedNorm, find_norms, plan_norm
-from .swap import Fused, original_class, restore, swap
+from .swap import Fused, extended, original_class, restore, swap
 
 __all__ = ["CAN_BE_FUSED", "FusionEntry", "FusionReport", "fuse", "fusion_report", "unfuse"]
 
@@ -94,7 +94,7 @@ def _look_at_block(name: str, block: nn.Module, trials: dict[Any, str]) -> _Find
     family = find_layout(block).family
     if isinstance(block, FusedBlock):
         change = find_change(block, block._fused_plan)
-        reason = f"runs unfused: since it was fused, {change}" if change else ""
+        reason = f"runs unfused: {change}" if change else ""
         return _Finding(block, FusionEntry(name, "block", family, True, reason), block._fused_plan)
     try:
         plan, reason = plan_block(block, trials), CAN_BE_FUSED
@@ -164,8 +164,7 @@ def fuse(
         ValueError: it holds no ConvNeXt block (nor, with `convolutions`, any such convolution), or there is no such
             backend; nothing is changed.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"fuse: argument 'model': expected a torch.nn.Module, got {type(model).__name__}")
+    _check_module("fuse", model)
     if backend is not None:
         checked(backend, "fuse: argument 'backend'")
     findings = _survey(model, convolutions)
@@ -204,11 +203,29 @@ def _describe(left_alone: list[FusionEntry], total: int) -> str:
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Undoes :func:`fuse`, in place: every module has its own class and forward again. Returns `model`."""
-    for module in model.modules():
-        if isinstance(module, Fused):
-            restore(module)
+    """Undoes :func:`fuse`, in place: every module has its own class and forward again. Returns `model`.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: a fused module's class has since been extended, by a parametrization or FSDP, say; nothing is
+            changed.
+    """
+    _check_module("unfuse", model)
+    fused = [(name, module) for name, module in model.named_modules() if isinstance(module, Fused)]
+    for name, module in fused:
+        if extended(module):
+            raise ValueError(
+                f"unfuse: argument 'model': '{name}' has become a {type(module).__name__} since it was fused (by a "
+                "parametrization or FSDP, say): undo that first; nothing changed"
+            )
+    for _, module in fused:
+        restore(module)
     return model
+
+
+def _check_module(function: str, model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: argument 'model': expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def fusion_report(model: nn.Module, *, convolutions: bool = False) -> FusionReport:
@@ -217,5 +234,9 @@ def fusion_report(model: nn.Module, *, convolutions: bool = False) -> FusionRepo
     Args:
         model: fused or not.
         convolutions: list every other depthwise convolution too, not only the fused.
+
+    Raises:
+        TypeError: `model` is no module.
     """
+    _check_module("fusion_report", model)
     return FusionReport(finding.entry for finding in _survey(model, convolutions))

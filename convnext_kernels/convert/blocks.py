@@ -25,7 +25,7 @@ from .inspection import (
 )
 from .layouts import Layout, find_layout, known_class
 from .norms import plan_norm, trial_tolerance
-from .swap import Fused, has_hooks, is_traced, log_change, original_class, settings_of
+from .swap import Fused, attributes_of, has_hooks, is_traced, log_unfused, original_class, settings_of
 
 __all__ = ["BlockPlan", "FusedBlock", "plan_block"]
 
@@ -62,14 +62,16 @@ class FusedBlock(Fused):
             return super().forward(x)
         plan = self._fused_plan
         modules = _find(self, plan.parts)
-        change = _find_change(modules, plan.parts)
-        if change is not None:
+        reason = _find_change(modules, plan.parts)
+        if reason is None:
+            tensors = _tensors(self, plan, modules)
+            reason = _find_mixture(x, tensors)
+        if reason is not None:
             if visible is not None:
-                raise RuntimeError(f"{type(self).__name__} cannot run on visible patches: since it was fused, {change}")
+                raise RuntimeError(f"{type(self).__name__} cannot run on visible patches: {reason}")
             if not torch.compiler.is_compiling():
-                log_change(type(self).__name__, change)
+                log_unfused(type(self).__name__, reason)
             return super().forward(x)
-        tensors = _tensors(self, plan, modules)
         return run_operator(
             x,
             visible,
@@ -83,7 +85,7 @@ class FusedBlock(Fused):
 
 
 def find_change(block: nn.Module, plan: BlockPlan) -> str | None:
-    """What has become of a part since the block was fused; None if all is as it was."""
+    """What has become of a part since the block was fused, as a reason to run unfused; None if all is as it was."""
     return _find_change(_find(block, plan.parts), plan.parts)
 
 
@@ -109,12 +111,22 @@ def _find(block: nn.Module, parts: tuple[Part, ...]) -> list[nn.Module | None]:
 def _find_change(modules: list[nn.Module | None], parts: tuple[Part, ...]) -> str | None:
     for module, (path, cls, settings) in zip(modules, parts):
         if type(module) is not cls:
-            return f"its '{'.'.join(path)}' has become a {type(module).__name__}"
+            return f"since it was fused, its '{'.'.join(path)}' has become a {type(module).__name__}"
         if has_hooks(module):
-            return f"its '{'.'.join(path)}' has got hooks, or a forward assigned to the instance"
+            return f"since it was fused, its '{'.'.join(path)}' has got hooks, or a forward assigned to the instance"
         for name, value in settings:
             if getattr(module, name) != value:
-                return f"the {name} of its '{'.'.join(path)}' has become {getattr(module, name)!r}"
+                return f"since it was fused, the {name} of its '{'.'.join(path)}' has become {getattr(module, name)!r}"
+    return None
+
+
+def _find_mixture(x: Tensor, tensors: tuple[Tensor | None, ...]) -> str | None:
+    """Eager takes some mixtures of dtypes, a bf16 model whose norms have stayed in fp32 for one; our operator none."""
+    if not isinstance(x, Tensor) or autocast_dtype(x) is not None:
+        return None
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype != x.dtype:
+            return f"it holds a parameter in {tensor.dtype} where x is in {x.dtype}, and no autocast is active"
     return None
 
 
@@ -159,6 +171,11 @@ def _probability(drop_path: nn.Module) -> str:
     return "drop_prob" if hasattr(drop_path, "drop_prob") else "p"
 
 
+def _settings(module: nn.Module, is_grn: bool) -> tuple[tuple[str, Any], ...]:
+    # Each library has a GRN of its own.
+    return attributes_of(module) if is_grn else settings_of(module)
+
+
 def plan_block(block: nn.Module, trials: dict[Any, str]) -> BlockPlan:
     """How to run `block`, a module that has a layout. `trials` remembers the outcomes for blocks of the same make.
 
@@ -176,7 +193,7 @@ def plan_block(block: nn.Module, trials: dict[Any, str]) -> BlockPlan:
         raise NotCoveredError(f"its activation is {type(act).__name__}, not GELU")
     roles = _roles(layout, layout.grn in modules)
     parts = [
-        Part(tuple(path.split(".")), type(modules[path]), settings_of(modules[path]))
+        Part(tuple(path.split(".")), type(modules[path]), _settings(modules[path], path == layout.grn))
         for path in [*roles, *(path for path in modules if path not in roles)]
     ]
     plan = BlockPlan(layout, tuple(parts), layout.grn in modules, approximate)
@@ -273,8 +290,7 @@ def _make(block: nn.Module, plan: BlockPlan) -> Any:
     attributes = [
         (name, repr(value))
         for module in (block, modules[_GRN] if plan.has_grn else block)
-        for name, value in vars(module).items()
-        if name != "training" and isinstance(value, (bool, int, float, str, tuple, type(None)))
+        for name, value in attributes_of(module)
     ]
     return (
         type(block),

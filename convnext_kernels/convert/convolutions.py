@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..operators import depthwise_conv2d
 from ..reference import KERNEL_SIZES
 from .inspection import NotCoveredError, check_tensors
-from .swap import Fused, is_traced, log_change, original_class, settings_of
+from .swap import Fused, is_traced, log_unfused, original_class, settings_of
 
 __all__ = ["FusedConvolution", "check_convolution", "find_convolutions", "plan_convolution"]
 
@@ -28,7 +28,7 @@ class FusedConvolution(Fused):
             return super().forward(x)
         if self.is_changed():
             if not torch.compiler.is_compiling():
-                log_change(type(self).__name__, "it was set differently")
+                log_unfused(type(self).__name__, "since it was fused, it was set differently")
             return super().forward(x)
         return depthwise_conv2d(x, self.weight, self.bias, self.stride[0])
 

@@ -13,7 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Fused", "has_hooks", "is_traced", "log_change", "original_class", "restore", "settings_of", "swap"]
+__all__ = [
+    "Fused",
+    "attributes_of",
+    "extended",
+    "has_hooks",
+    "is_traced",
+    "log_unfused",
+    "original_class",
+    "restore",
+    "settings_of",
+    "swap",
+]
 
 
 logger = logging.getLogger("convnext_kernels")
@@ -53,8 +64,18 @@ def swap(module: nn.Module, behaviour: type[Fused], plan: Any) -> None:
 
 
 def restore(module: nn.Module) -> None:
+    """Undoes `swap`, for a module that is not `extended`."""
+    behaviour = _behaviour(type(module))
+    # Who has wrapped forward and put it back may have left the fused one on the instance, as accelerate does.
+    if getattr(vars(module).get("forward"), "__func__", None) is behaviour.forward:
+        del module.forward
     module.__class__ = module._original_class
     del module._fused_plan
+
+
+def extended(module: nn.Module) -> bool:
+    """Whether a swapped module's class has since been replaced by a subclass, as parametrizations and FSDP do it."""
+    return "_original_class" not in vars(type(module))
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -72,8 +93,17 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def attributes_of(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """Every plain attribute: what a layer's result may depend on where its class is not known."""
+    return tuple(
+        (name, value)
+        for name, value in vars(module).items()
+        if name != "training" and name[0] != "_" and isinstance(value, (bool, int, float, str, tuple, type(None)))
+    )
+
+
 def settings_of(module: nn.Module) -> tuple[tuple[str, Any], ...]:
-    """What a layer's result depends on, besides its class and parameters."""
+    """What a layer of PyTorch's results depend on, besides its class and parameters."""
     names = {
         nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
         nn.Dropout: ("p",),
@@ -83,8 +113,8 @@ def settings_of(module: nn.Module) -> tuple[tuple[str, Any], ...]:
 
 
 @functools.cache
-def log_change(name: str, change: str) -> None:
-    logger.warning("%s runs unfused: since it was fused, %s", name, change)
+def log_unfused(name: str, reason: str) -> None:
+    logger.warning("%s runs unfused: %s", name, reason)
 
 
 def is_traced(x: Tensor) -> bool:

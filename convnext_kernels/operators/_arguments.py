@@ -7,10 +7,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ..reference_backend import accumulation_dtype
+
 __all__ = [
     "SUPPORTED_DTYPES",
     "autocast_dtype",
     "check_approximate",
+    "check_bias_dtype",
     "check_device",
     "check_dtypes",
     "check_eps",
@@ -41,6 +44,8 @@ def check_tensor(operator: str, argument: str, value: Any) -> None:
         wrong_type(operator, argument, "a torch.Tensor", type(value).__name__)
     if value.dtype not in SUPPORTED_DTYPES:
         wrong_type(operator, argument, "dtype float32, float64, float16 or bfloat16", value.dtype)
+    if value.layout is not torch.strided:
+        wrong_type(operator, argument, "a dense tensor (layout torch.strided)", value.layout)
 
 
 def check_image(operator: str, argument: str, value: Any) -> None:
@@ -60,6 +65,13 @@ def check_shape(operator: str, argument: str, value: Tensor | None, shape: tuple
         wrong_value(operator, argument, f"shape {tuple(shape)}", f"shape {tuple(value.shape)}")
 
 
+def check_bias_dtype(operator: str, argument: str, value: Tensor | None, x: Tensor) -> None:
+    """x's dtype, or that of its sums."""
+    wanted = dict.fromkeys((x.dtype, accumulation_dtype(x.dtype)))
+    if value is not None and value.dtype not in wanted:
+        wrong_type(operator, argument, f"dtype {' or '.join(map(str, wanted))}", value.dtype)
+
+
 def check_device(operator: str, like: Tensor, **others: Tensor | None) -> None:
     for argument, value in others.items():
         if value is not None and value.device != like.device:
@@ -76,6 +88,8 @@ def check_dtypes(operator: str, dtype: torch.dtype, autocast: bool, **others: Te
 
 
 def check_eps(operator: str, eps: float) -> None:
+    if not isinstance(eps, (int, float)):
+        wrong_type(operator, "eps", "a number", type(eps).__name__)
     if not eps >= 0:
         wrong_value(operator, "eps", "a number of at least 0", eps)
 

@@ -54,6 +54,15 @@ def _requires_grad(arguments: tuple[Any, ...]) -> bool:
     return False
 
 
+def _check_transforms(operator: str) -> None:
+    # Functions that are applied below the dispatcher, as ours are, take no part in functorch's levels.
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"convnext_kernels::{operator}: derivatives by torch.func (grad, vjp, ...) are not supported; "
+            "unfuse(model) first, or use convnext_kernels.reference"
+        )
+
+
 _ANY_ARGUMENTS = inspect.Signature([inspect.Parameter("arguments", inspect.Parameter.VAR_POSITIONAL)])
 
 
@@ -70,6 +79,7 @@ def differentiate(operator: str, function: type[torch.autograd.Function], run: C
     _bind_nothing(function)
 
     def kernel(*arguments: Any) -> Any:
+        _check_transforms(operator)
         return function.apply(*arguments) if _requires_grad(arguments) else run(*arguments)
 
     _library.impl(operator, kernel, "Autograd")
@@ -105,6 +115,7 @@ def differentiate_once(operator: str, run: Callable[..., Any]) -> None:
     """For a backward operator: runs, and raises when it is differentiated itself."""
 
     def kernel(*arguments: Any) -> Any:
+        _check_transforms(operator)
         return _Once.apply(operator, run, *arguments) if _requires_grad(arguments) else run(*arguments)
 
     _library.impl(operator, kernel, "Autograd")

@@ -43,7 +43,13 @@ def _forward(
     y, mean, rstd, hidden = call(
         "layer_norm_mlp", z.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1), *mlp, out_dtype, not recompute
     )
-    return y.permute(0, 3, 1, 2), x_copy, z, mean, rstd, hidden
+    # No view, as autograd has it: a view that is one of several results could not be changed in place.
+    with torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING):
+        y = y.permute(0, 3, 1, 2)
+    return y, x_copy, z, mean, rstd, hidden
+
+
+_VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
 
 @fake("convnext_block")
@@ -185,11 +191,19 @@ class ConvNeXtBlockFunction(torch.autograd.Function):
             dparameters[:2] = [_sum(total, more) for total, more in zip(dparameters[:2], from_z, strict=True)]
         if grad_x_copy is not None and x.dtype != ctx.x_dtype:
             dx = _sum(dx, grad_x_copy.to(ctx.x_dtype))
+        dparameters[0] = _strided_as(conv_weight, dparameters[0])
         return (
             dx if needs_x else None,
             *parameter_grads(parameters, dparameters, needs),
             *(None,) * ctx.not_differentiable,
         )
+
+
+def _strided_as(weight: Tensor, grad: Tensor | None) -> Tensor | None:
+    """`grad`, which is dense, with the strides of a channels-last (C, 1, k, k) weight: the same memory."""
+    if grad is None or grad.shape != weight.shape or grad.stride() == weight.stride():
+        return grad
+    return grad.as_strided(grad.shape, weight.stride()) if weight.permute(0, 2, 3, 1).is_contiguous() else grad
 
 
 def _sum(total: Tensor | None, more: Tensor) -> Tensor:
@@ -252,7 +266,9 @@ def convnext_block(
     Source: ConvNeXt (arXiv:2201.03545), figure 4 and sections 2.4 to 2.6; ConvNeXt V2 (arXiv:2301.00808), section 4.
     """
     name = "convnext_block"
-    check_convolution(name, x, conv_weight, conv_bias, 1)
+    check_convolution(name, x, conv_weight, conv_bias, 1, prefix="conv_")
+    if not isinstance(recompute, bool):
+        arguments.wrong_type(name, "recompute", "a bool", type(recompute).__name__)
     parameters = mlp_parameters(
         name, norm_weight, norm_bias, fc1_weight, fc1_bias, grn_weight, grn_bias, fc2_weight, fc2_bias, layer_scale
     )
@@ -295,8 +311,12 @@ def mlp_parameters(
     layer_scale: Tensor | None,
 ) -> dict[str, Tensor | None]:
     """A block's parameters as layer_norm_mlp takes them, by name and in order."""
+    # What is reshaped here; the rest is checked with the sizes.
     for argument, value in (("fc1_weight", fc1_weight), ("fc2_weight", fc2_weight)):
         arguments.check_tensor(operator, argument, value)
+    for argument, value in (("grn_weight", grn_weight), ("grn_bias", grn_bias), ("layer_scale", layer_scale)):
+        if value is not None:
+            arguments.check_tensor(operator, argument, value)
     return {
         "norm_weight": norm_weight,
         "norm_bias": norm_bias,

@@ -128,17 +128,23 @@ differentiate_once("depthwise_conv2d_input_grad", partial(backends.call, "depthw
 differentiate_once("depthwise_conv2d_weight_grad", partial(backends.call, "depthwise_conv2d_weight_grad"))
 
 
-def check_convolution(operator: str, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> None:
-    """Raises TypeError or ValueError where :func:`depthwise_conv2d` cannot take these arguments."""
+def check_convolution(
+    operator: str, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, prefix: str = ""
+) -> None:
+    """Raises TypeError or ValueError where :func:`depthwise_conv2d` cannot take these arguments.
+
+    `prefix` goes before 'weight' and 'bias' where the operator has other parameters too.
+    """
     arguments.check_image(operator, "x", x)
-    arguments.check_tensor(operator, "weight", weight)
+    arguments.check_tensor(operator, f"{prefix}weight", weight)
     channels, size = x.shape[1], weight.shape[-1] if weight.dim() else 0
     if weight.dim() == 4 and size not in KERNEL_SIZES:
-        arguments.wrong_value(operator, "weight", f"a kernel size of {KERNEL_SIZES}", f"shape {tuple(weight.shape)}")
-    arguments.check_shape(operator, "weight", weight, (channels, 1, size, size))
-    arguments.check_shape(operator, "bias", bias, (channels,))
-    if stride not in (1, 2):
-        arguments.wrong_value(operator, "stride", "1 or 2", stride)
+        expected = f"a kernel size of {KERNEL_SIZES}"
+        arguments.wrong_value(operator, f"{prefix}weight", expected, f"shape {tuple(weight.shape)}")
+    arguments.check_shape(operator, f"{prefix}weight", weight, (channels, 1, size, size))
+    arguments.check_shape(operator, f"{prefix}bias", bias, (channels,))
+    if not isinstance(stride, int) or stride not in (1, 2):
+        arguments.wrong_value(operator, "stride", "1 or 2", repr(stride))
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1) -> Tensor:

@@ -123,8 +123,10 @@ def layer_norm(
     arguments.check_device(name, x, weight=weight, bias=bias)
     autocast = arguments.autocast_dtype(x) is not None
     for argument, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and parameter.dtype not in (x.dtype, accumulation_dtype(x.dtype)) and not autocast:
-            arguments.wrong_type(name, argument, f"dtype {x.dtype} or {accumulation_dtype(x.dtype)}", parameter.dtype)
+        if not autocast:
+            arguments.check_bias_dtype(name, argument, parameter, x)
+    if out_dtype is not None and out_dtype not in arguments.SUPPORTED_DTYPES:
+        arguments.wrong_type(name, "out_dtype", "float32, float64, float16 or bfloat16 of torch", repr(out_dtype))
     if out_dtype is None:
         # CUDA's autocast runs layer_norm in fp32; the CPU's leaves it alone.
         out_dtype = torch.float32 if autocast and x.device.type == "cuda" else x.dtype

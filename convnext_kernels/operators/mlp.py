@@ -76,8 +76,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") 
     arguments.check_shape(name, "bias", bias, (x.shape[-1],))
     arguments.check_approximate(name, approximate)
     arguments.check_device(name, x, bias=bias)
-    if bias is not None and bias.dtype not in (x.dtype, accumulation_dtype(x.dtype)):
-        arguments.wrong_type(name, "bias", f"dtype {x.dtype} or {accumulation_dtype(x.dtype)}", bias.dtype)
+    arguments.check_bias_dtype(name, "bias", bias, x)
     return torch.ops.convnext_kernels.bias_gelu(x.contiguous(), bias, approximate)
 
 
@@ -176,7 +175,8 @@ def check_mlp(
     approximate: str,
 ) -> None:
     """Raises TypeError or ValueError where the MLP cannot take these arguments."""
-    arguments.check_tensor(operator, "fc1_weight", fc1_weight)
+    for argument, weight in (("fc1_weight", fc1_weight), ("fc2_weight", fc2_weight)):
+        arguments.check_tensor(operator, argument, weight)
     if fc1_weight.dim() != 2 or fc1_weight.shape[0] == 0:
         arguments.wrong_value(operator, "fc1_weight", f"shape (K, {channels})", f"shape {tuple(fc1_weight.shape)}")
     hidden = fc1_weight.shape[0]
