@@ -160,10 +160,22 @@ def _why_not(backend: str, operator: str, device: torch.device, arguments: tuple
     if backend != device.type:
         return f"the tensors are on '{device.type}'"
     if _has_kernel(operator, device.type):
-        return cuda_reason(device) if device.type == "cuda" else ""
+        if device.type != "cuda":
+            return ""
+        reason = cuda_reason(device)
+        if not reason and arguments and _lacks_products(operator, arguments):
+            reason = "PyTorch has no fp16 products with fp32 results while allow_fp16_accumulation is on"
+        return reason
     if device.type == "cuda":
         return native.status().cuda_reason or f"the CUDA library has no kernel for {operator}"
     return f"the {device.type.upper()} library has no kernel for {operator}"
+
+
+def _lacks_products(operator: str, arguments: tuple[Any, ...]) -> bool:
+    """Whether the CUDA library's backward would ask PyTorch for a product that a setting of today's forbids."""
+    if operator != "layer_norm_mlp_backward" or arguments[1].dtype != torch.float16:
+        return False
+    return torch._C._get_cublas_allow_fp16_accumulation()
 
 
 def _preferences(operator: str, device_type: str) -> tuple[str, ...]:
@@ -268,7 +280,7 @@ def _implementation(operator: str, forced: str, arguments: tuple[Any, ...]) -> C
     if operator == "depthwise_conv2d_cast":
         key += (arguments[3],)  # the dtype that it computes in
     elif operator in _FC1_WEIGHT:
-        key += (first.shape[-1], arguments[_FC1_WEIGHT[operator]].shape[0])
+        key += (first.shape[-1], arguments[_FC1_WEIGHT[operator]].shape[0], _lacks_products(operator, arguments))
     decided = _decided.get(key)
     if decided is None:
         decided = _decided[key] = _decide(operator, forced, first.device, arguments)

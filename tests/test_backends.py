@@ -340,6 +340,20 @@ def test_auto_without_the_cuda_library_takes_triton(gpu):
     assert "there is no Triton kernel for bias_gelu" in gpu("bias_gelu").reason
 
 
+def test_fp16_products_with_fp16_sums(gpu, monkeypatch):
+    """PyTorch's setting takes from the CUDA library's backward the products that it needs, in fp16 alone."""
+    monkeypatch.setattr(torch._C, "_get_cublas_allow_fp16_accumulation", lambda: True)
+    gpu.triton_operators = set()
+    for dtype, expected in ((torch.float16, "reference"), (torch.bfloat16, "cuda")):
+        grad, z = torch.zeros(2, 8), torch.zeros(2, 8, dtype=dtype)
+        assert gpu("layer_norm_mlp_backward", grad, z).backend == expected
+        assert gpu("layer_norm_mlp", z, None).backend == "cuda"
+    with pytest.raises(
+        RuntimeError, match="'cuda' is forced, but PyTorch has no fp16 products with fp32 results while"
+    ):
+        gpu("layer_norm_mlp_backward", grad, z.half(), forced="cuda")
+
+
 def test_auto_on_an_old_gpu_is_pytorchs_own(gpu):
     gpu.capability = (7, 5)
     compiled = "the CUDA library was compiled for sm_80, sm_86, sm_89, sm_90, sm_100, sm_120+PTX, and this GPU is sm_75"

@@ -206,3 +206,12 @@ X, ROWS = torch.randn(4, 8), torch.randn(4)
 def test_errors(operator, arguments, message):
     with pytest.raises(RuntimeError, match=message):
         getattr(ops, operator)(*arguments)
+
+
+@pytest.mark.parametrize("channels", [96, 192, 384, 1000, 5000])
+@pytest.mark.parametrize("mean, spread", [(3.3, 0.0), (-1e7, 1.0), (1e4, 1e-2)])
+def test_rows_of_all_but_equal_values(channels, mean, spread):
+    """What rounding leaves in the mean would be all that is seen of them: rstd is up to 1000."""
+    x = mean + spread * torch.randn(6, channels)
+    y = ops.layer_norm(x, None, None, 1e-6, torch.float32)[0]
+    assert_close(y, F.layer_norm(x, (channels,), eps=1e-6), F.layer_norm(x.double(), (channels,), eps=1e-6))

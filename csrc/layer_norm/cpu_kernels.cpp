@@ -16,6 +16,10 @@ CK_INLINE void normalise_row(int64_t channels, const X* x, A mean, A rstd, const
   });
 }
 
+// In longer rows, of values that are not rounded to 16 bits, a second look is taken at the mean: of all but equal values
+// nothing would be seen but what the first sum's own rounding has left in it.
+constexpr int64_t kShortRow = 128;
+
 template <class X, class Y>
 void forward_as(int64_t rows, int64_t channels, double eps, const X* x, const void* weights, const void* biases, Y* y,
                 void* means, void* rstds) {
@@ -26,13 +30,25 @@ void forward_as(int64_t rows, int64_t channels, double eps, const X* x, const vo
   for (int64_t row = 0; row < rows; ++row, x += channels, y += channels) {
     Vector<A> sum{}, squares{};
     for_columns<A>(channels, [&](int64_t c, auto part) { sum += load(x + c, part); });
-    const A mean = horizontal_sum<A>(sum) / count;
+    A mean = horizontal_sum<A>(sum) / count, correction = 0;
     // A pass of its own for the variance: E[x^2] - E[x]^2 would cancel.
-    for_columns<A>(channels, [&](int64_t c, auto part) {
-      const Vector<A> centred = existing<A>(load(x + c, part) - mean, part);
-      squares += centred * centred;
-    });
-    const A variance = horizontal_sum<A>(squares) / count + static_cast<A>(eps);
+    if (sizeof(X) == sizeof(A) && channels > kShortRow) {
+      Vector<A> rest{};
+      for_columns<A>(channels, [&](int64_t c, auto part) {
+        const Vector<A> centred = existing<A>(load(x + c, part) - mean, part);
+        squares += centred * centred;
+        rest += centred;
+      });
+      correction = horizontal_sum<A>(rest) / count;
+      mean += correction;
+    } else {
+      for_columns<A>(channels, [&](int64_t c, auto part) {
+        const Vector<A> centred = existing<A>(load(x + c, part) - mean, part);
+        squares += centred * centred;
+      });
+    }
+    const A square = horizontal_sum<A>(squares) / count - correction * correction;
+    const A variance = (square < 0 ? 0 : square) + static_cast<A>(eps);  // a NaN stays
     A rstd;
     if constexpr (__is_same(A, double)) {
       rstd = 1 / __builtin_sqrt(variance);

@@ -91,7 +91,8 @@ __device__ __forceinline__ Accumulation<T> gelu_derivative(Accumulation<T> x) {
     // 1 - gate without cancellation, for x may be large. Where the exponential is infinite the gate is 0, and 0 this
     // too.
     const float closed = fminf(exponential, 1e30f) * gate;
-    // In this order: at large |x| the first product is 0 before the second could overflow.
+    // In this order: at large |x| the first product is 0 before the second could overflow. (Where x * x does, beyond
+    // 1.8e19, the result is NaN, as PyTorch's is.)
     return fmaf(x * gate * closed, fmaf(x * x, kSquare, kLinear), gate);
   } else if constexpr (kCheapGelu<T>) {
     return fmaf(x, normal_density_cheap(x), normal_distribution_cheap(x));
