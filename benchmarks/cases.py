@@ -193,6 +193,7 @@ class ModelCase:
     precision: str
     #: step: every call has the same batch. first step: of a fresh model, compilation and allocation included.
     #: varying batches: the batch changes from step to step. largest batch: the step at the largest batch that fits.
+    #: masked pretraining: the encoder of a masked autoencoder, of 40 % of each image.
     experiment: str = "step"
     memory_megabytes: int | None = None  # what the largest batch must fit into
 
@@ -349,4 +350,5 @@ def experiment_cases(device_type: str, full: bool) -> list[ModelCase]:
         replace(base, experiment="first step"),
         replace(base, experiment="varying batches"),
         replace(base, experiment="largest batch", memory_megabytes=megabytes),
+        replace(base, model=base.model.replace("convnext_", "convnextv2_"), size=224, experiment="masked pretraining"),
     ]

@@ -17,7 +17,7 @@ import convnext_kernels as ck
 from convnext_kernels.cli.measure import peak_growth, saved_bytes
 
 from .cases import CLASSES, PRECISIONS, ModelCase
-from .comparison import CheckedRunner, Provider, Results, Unavailable
+from .comparison import CheckedRunner, Provider, Results
 from .providers import InBackend, compiled, forward_in, generator, imported, in_gpu_backends, randomise
 
 Execute = Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]]
@@ -148,12 +148,18 @@ def _model_results(case: ModelCase, model: nn.Module, run: Any, x: Tensor, label
     logits = forward_in(case.precision, run, x)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     nn.functional.cross_entropy(logits, labels).backward()
+    return {"logits": logits.detach()} | take_gradients(model)
+
+
+def take_gradients(model: nn.Module) -> Results:
+    """All gradients of a kind of parameter as one; the model has none afterwards."""
     gradients: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
-        kind = ".".join(part for part in name.split(".") if not part.isdigit())
-        gradients.setdefault(f"grad {kind}", []).append(parameter.grad.flatten())
+        if parameter.grad is not None:
+            kind = ".".join(part for part in name.split(".") if not part.isdigit())
+            gradients.setdefault(f"grad {kind}", []).append(parameter.grad.flatten())
     model.zero_grad(set_to_none=True)
-    return {"logits": logits.detach()} | {kind: torch.cat(parts) for kind, parts in gradients.items()}
+    return {kind: torch.cat(parts) for kind, parts in gradients.items()}
 
 
 @functools.lru_cache(maxsize=2)  # timm's and torchvision's
@@ -213,7 +219,7 @@ def _in_torchvision(case: ModelCase, device_type: str, full: bool) -> bool:
     return case.model in ("convnext_tiny", "convnext_small", "convnext_base", "convnext_large")
 
 
-def _compiled_here(case: ModelCase, device_type: str, full: bool) -> bool:
+def compiled_here(case: ModelCase, device_type: str, full: bool) -> bool:
     """Compiling a whole model takes minutes on a CPU: there only where it was asked for."""
     return full or device_type == "cuda"
 
@@ -230,7 +236,7 @@ OURS = _provider("ours", "ours", _always, "timm's model after fuse()", execute=f
 TIMM = _provider("timm", "eager", _always, "channels-last")
 TIMM_NCHW = _provider("timm-nchw", "eager", _always, "NCHW", memory_format=torch.contiguous_format)
 COMPILE = _provider(
-    "compile", "other", _compiled_here, "timm's, torch.compile", execute=compiled_in(None), compiled=True
+    "compile", "other", compiled_here, "timm's, torch.compile", execute=compiled_in(None), compiled=True
 )
 
 MODEL_PROVIDERS = [
@@ -248,12 +254,12 @@ MODEL_PROVIDERS = [
     _provider("torchvision", "eager", _in_torchvision, "channels-last", library="torchvision"),
     COMPILE,
     _provider(
-        "ours-compile", "ours", _compiled_here, "after fuse(), torch.compile", execute=fused_and_compiled, compiled=True
+        "ours-compile", "ours", compiled_here, "after fuse(), torch.compile", execute=fused_and_compiled, compiled=True
     ),
     _provider(
         "max-autotune",
         "other",
-        _compiled_here,
+        compiled_here,
         "timm's, torch.compile(mode='max-autotune')",
         execute=compiled_in("max-autotune"),
         compiled=True,
@@ -270,102 +276,3 @@ MODEL_PROVIDERS = [
     ),
 ]
 SCALING_PROVIDERS = [OURS, TIMM]
-
-
-# --- what becomes of the cost of a step
-
-
-class FirstStep(ModelRunner):
-    """The first step of a fresh model: compilation, allocation and choice of algorithms are in it."""
-
-    prepares = True
-    least_rounds = 2
-
-    def prepare(self) -> None:
-        torch._dynamo.reset()
-        self._start()
-
-
-VARYING = (8, 5, 7, 3, 6, 8, 2, 4)  # eighths of the case's batch
-
-
-class VaryingBatches(ModelRunner):
-    """Steps whose batch differs from one to the next; or, for comparison, as many images in batches of one size."""
-
-    def __init__(self, case: ModelCase, device: torch.device, fixed: bool = False, **how: Any) -> None:
-        super().__init__(case, device, **how)
-        eighths = len(VARYING) * [sum(VARYING) / len(VARYING)] if fixed else VARYING
-        self._batches = [self._inputs(round(case.batch * part / 8)) for part in eighths]
-        self.images = sum(len(x) for x, _ in self._batches)
-
-    def run(self, call: int) -> None:
-        for x, labels in self._batches:
-            if self._device.type == "cuda":
-                torch.compiler.cudagraph_mark_step_begin()
-            self.step(x, labels)
-
-
-class LargestBatch(ModelRunner):
-    """Steps at the largest batch whose growth of memory in a step stays within the case's limit."""
-
-    MOST = 4096
-
-    def __init__(self, case: ModelCase, device: torch.device, **how: Any) -> None:
-        super().__init__(case, device, **how)
-        fits, too_large = 0, None
-        batch = case.batch
-        while too_large is None or too_large - fits > max(1, fits // 16):
-            if self._fits(batch):
-                fits = batch
-            else:
-                too_large = batch
-            batch = 2 * fits if too_large is None else (fits + too_large) // 2
-            if fits >= self.MOST or too_large == 1:
-                break
-        if not fits:
-            raise Unavailable(f"not even one image fits into {case.memory_megabytes} MB")
-        self._start()  # the steps of the search moved the weights
-        self.images = fits
-        self._inputs_of_run = self._inputs(fits)
-
-    def _fits(self, batch: int) -> bool:
-        inputs = self._inputs(batch)
-        self.step(*self._inputs(1))  # the optimizer's state is there before anything is measured
-        growth = peak_growth(lambda: self.step(*inputs), self._device)
-        if growth is None:
-            raise Unavailable("the peak of the resident set cannot be reset on this system")
-        return growth <= self._case.memory_megabytes * 10**6
-
-    def run(self, call: int) -> None:
-        self.step(*self._inputs_of_run)
-
-    def memory(self) -> dict[str, Any]:
-        return {"peak_bytes": peak_growth(lambda: self.run(0), self._device), "largest_batch": self.images}
-
-
-def _in(case: ModelCase, device: torch.device, **how: Any) -> CheckedRunner:
-    kinds = {"first step": FirstStep, "varying batches": VaryingBatches, "largest batch": LargestBatch}
-    return kinds[case.experiment](case, device, **how)
-
-
-def _varying(case: ModelCase, device_type: str, full: bool) -> bool:
-    return case.experiment == "varying batches"
-
-
-def _experiments(case: ModelCase, device_type: str, full: bool) -> bool:
-    return case.experiment in ("first step", "varying batches") and _compiled_here(case, device_type, full)
-
-
-EXPERIMENT_PROVIDERS = [
-    Provider("ours", "ours", functools.partial(_in, execute=fused), note="timm's model after fuse()"),
-    Provider("timm", "eager", _in, note="channels-last"),
-    Provider(
-        "compile",
-        "other",
-        functools.partial(_in, execute=compiled_in(None), compiled=True),
-        _experiments,
-        "timm's, torch.compile",
-    ),
-    Provider("ours-fixed", "ours", functools.partial(_in, execute=fused, fixed=True), _varying, "batches of one size"),
-    Provider("timm-fixed", "other", functools.partial(_in, fixed=True), _varying, "batches of one size"),
-]

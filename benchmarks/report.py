@@ -301,7 +301,12 @@ def page(result: Result, names: list[str]) -> str:
             "",
         ]
     if experiments := result.of("test_experiment"):
-        lines += ["## First step, varying batches, largest batch", "", experiments_table(experiments), ""]
+        lines += [
+            "## First step, varying and largest batches, masked pretraining",
+            "",
+            experiments_table(experiments),
+            "",
+        ]
     if any(map(is_above_roofline, result.rows)):
         lines[4:4] = [f"**{BUSY}**", ""]
     memory = "the memory allocated" if result.facts["device"].startswith("cuda") else "the resident set"

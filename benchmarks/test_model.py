@@ -3,7 +3,8 @@
 import pytest
 
 from .cases import experiment_cases, model_cases, scaling_cases
-from .models import EXPERIMENT_PROVIDERS, MODEL_PROVIDERS, SCALING_PROVIDERS
+from .experiments import EXPERIMENT_PROVIDERS
+from .models import MODEL_PROVIDERS, SCALING_PROVIDERS
 from .timing import CLOCK
 
 
@@ -23,5 +24,5 @@ def test_scaling(case, provider, measure):
 @pytest.mark.benchmark(timer=CLOCK.read)
 @pytest.mark.cases(experiment_cases, EXPERIMENT_PROVIDERS)
 def test_experiment(case, provider, measure):
-    """The first step, batches that vary, and the largest batch that fits."""
+    """The first step, batches that vary, the largest batch that fits, and masked pretraining."""
     measure(case, provider)

@@ -19,7 +19,19 @@ import convnext_kernels  # first: the one that is installed, where there is one
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 try:
-    from benchmarks import blocks, cases, comparison, conftest, floors, goals, models, providers, report, timing
+    from benchmarks import (
+        blocks,
+        cases,
+        comparison,
+        conftest,
+        experiments,
+        floors,
+        goals,
+        models,
+        providers,
+        report,
+        timing,
+    )
 finally:
     sys.path.remove(str(ROOT))
 
@@ -385,6 +397,17 @@ def test_the_shapes_that_acceptance_asks_for_are_there():
 # --- the report
 
 
+def test_masked_pretraining_is_compared_with_masked_dense_convolutions():
+    case = cases.ModelCase("convnextv2_atto", "training", 96, 2, "fp32", "masked pretraining")
+    participants = [provider for provider in experiments.EXPERIMENT_PROVIDERS if provider.covers(case, "cpu", False)]
+    outcomes = compare(case, participants, 0.01)
+    assert outcomes.keys() == {"ours", "timm-masked"}
+    assert all(outcome.error is None and outcome.samples for outcome in outcomes.values())
+    ours, theirs = (outcomes[name].info for name in ("ours", "timm-masked"))
+    assert ours["baseline"] == "timm-masked"
+    assert ours["saved_bytes"] < 0.2 * theirs["saved_bytes"]
+
+
 def as_recorded(test, outcomes):
     return [
         {"fullname": f"benchmarks/test_x.py::{test}[{name}]", "extra_info": outcome.info}
@@ -413,7 +436,7 @@ def recorded(tmp_path_factory):
             {name: comparison.Outcome(info=outcome.info | facts_of_case) for name, outcome in outcomes.items()},
         )
     varying = cases.ModelCase("convnext_atto", "training", 32, 8, "fp32", "varying batches")
-    benchmarks += as_recorded("test_experiment", compare(varying, models.EXPERIMENT_PROVIDERS[:2], 0.01))
+    benchmarks += as_recorded("test_experiment", compare(varying, experiments.EXPERIMENT_PROVIDERS[:2], 0.01))
     facts = {
         "chip": "a chip",
         "driver": None,

@@ -88,7 +88,7 @@ template <int kLanes, class T>
 __device__ __forceinline__ void copy_window(uint4* to, const T* from, const Images& shape, const PatchWindow& window,
                                             int64_t sample, unsigned live, int images, int most_rows, int pairs) {
   constexpr int kParts = sizeof(T) / 2, kUnits = kParts * kPixelUnits;  // of a pixel
-  constexpr int kColumns = kLanes / kUnits;  // at a time
+  constexpr int kColumns = kLanes / kUnits;                             // at a time
   static_assert(kColumns % kSwizzledColumns == 0);
   const int thread = reread_thread_index(), unit = thread % kUnits, first_column = thread % kLanes / kUnits;
   const int channel = static_cast<int>(blockIdx.x) * kTensorChunk + unit * (kTensorChunk / kUnits);

@@ -16,8 +16,8 @@ CK_INLINE void normalise_row(int64_t channels, const X* x, A mean, A rstd, const
   });
 }
 
-// In longer rows, of values that are not rounded to 16 bits, a second look is taken at the mean: of all but equal values
-// nothing would be seen but what the first sum's own rounding has left in it.
+// In longer rows, of values that are not rounded to 16 bits, a second look is taken at the mean: of all but equal
+// values nothing would be seen but what the first sum's own rounding has left in it.
 constexpr int64_t kShortRow = 128;
 
 template <class X, class Y>

@@ -60,8 +60,9 @@ void block_barrier(Site site);
 int block_barrier(int value, Vote vote, Site site);
 
 // --- operations of a warp: each lane fills its slot and calls; when the last lane of the mask has come, `function`
-// runs once for all of them. Lanes that are not in the mask or have exited are null in its array of 32. Only what orders
-// memory lets lanes see what others wrote: on a GPU __syncwarp does, and shuffles, votes, ldmatrix and mma do not.
+// runs once for all of them. Lanes that are not in the mask or have exited are null in its array of 32. Only what
+// orders memory lets lanes see what others wrote: on a GPU __syncwarp does, and shuffles, votes, ldmatrix and mma do
+// not.
 constexpr size_t kSlotBytes = 64;
 struct LaneSlot {
   unsigned char value[kSlotBytes], result[kSlotBytes];
