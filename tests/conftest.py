@@ -116,3 +116,12 @@ def device(request):
     else:
         with torch.device(request.param):
             yield request.param
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For small tensors, on machines that do other things too: threads would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
