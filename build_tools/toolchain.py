@@ -5,7 +5,8 @@
     TORCH_CUDA_ARCH_LIST    the GPU architectures to compile for, e.g. "8.0;9.0a+PTX"
 
 A toolkit is looked for in CUDA_HOME and CUDA_PATH, on PATH, in /usr/local/cuda, and in NVIDIA's compiler wheels
-(site-packages/nvidia/cu13). Nothing here imports PyTorch or initialises CUDA.
+(site-packages/nvidia/cu13). One that is too old for a GPU of this machine is taken where no other is found, or where
+these variables ask for it. Nothing here imports PyTorch or initialises CUDA.
 """
 
 import importlib.metadata
@@ -21,6 +22,7 @@ from pathlib import Path
 DEFAULT_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 MINIMUM_CAPABILITY = (8, 0)  # bf16 arithmetic and cp.async
 MINIMUM_CUDA = (12, 0)  # C++20 in device code
+TOOLKIT_VARIABLES = ("CUDA_HOME", "CUDA_PATH")
 USUAL_NVCC = Path("/usr/local/cuda/bin/nvcc")  # where NVIDIA's installers put it, without touching PATH
 COMPILER_WHEELS = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-cccl", "nvidia-cuda-runtime")
 DEFAULT_COMPILER_VERSION = "13.0"
@@ -58,19 +60,26 @@ class Toolkit:
 
 
 def find_toolkit(environ=os.environ, search_path=None):
-    """The first usable toolkit, or None, and why each one that was looked at was not taken."""
-    rejected = []
+    """The first usable toolkit that knows the GPUs present, else the first usable one, or None; and why not others."""
+    rejected, first = [], None
     for nvcc, found_in, roots in _candidates(environ, sys.path if search_path is None else search_path):
         try:
-            return inspect_toolkit(nvcc, found_in, roots), rejected
+            toolkit = inspect_toolkit(nvcc, found_in, roots)
         except ToolchainError as error:
             rejected.append(f"{found_in}: {error}")
-    return None, rejected
+            continue
+        unknown = unknown_gpus(toolkit, environ)
+        if not unknown:
+            return toolkit, rejected
+        names = ", ".join(f"sm_{gpu.number}" for gpu in unknown)
+        rejected.append(f"{found_in}: {nvcc} is CUDA {toolkit.version_text}, which does not know {names}")
+        first = first or toolkit
+    return first, rejected
 
 
 def _candidates(environ, search_path):
     """Every nvcc, where it was found, and the folders beside its own in which pieces of the toolkit may lie."""
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
+    for variable in TOOLKIT_VARIABLES:
         if environ.get(variable):
             yield Path(environ[variable]) / "bin" / "nvcc", variable, []
     on_path = shutil.which("nvcc", path=environ.get("PATH", ""))
@@ -130,11 +139,15 @@ def _first_holding(name, folders, nvcc):
 def compiler_requirements(environ=os.environ, search_path=None):
     """The wheels an isolated build needs besides pyproject.toml's to compile for CUDA.
 
-    Rule: none if CONVNEXT_KERNELS_CUDA=0 or a toolkit is installed; otherwise the compiler wheels (270 MB) if
-    CONVNEXT_KERNELS_CUDA=1, or if it is unset and a GPU is present. A machine with neither builds for the CPU.
+    Rule: none if CONVNEXT_KERNELS_CUDA=0 or a toolkit is installed that knows the GPUs present; otherwise the compiler
+    wheels (270 MB) if CONVNEXT_KERNELS_CUDA=1, or if it is unset and a GPU is present. A machine with neither builds
+    for the CPU.
     """
     setting = cuda_setting(environ)
-    if setting is False or find_toolkit(environ, search_path)[0]:
+    if setting is False:
+        return []
+    toolkit, _ = find_toolkit(environ, search_path)
+    if toolkit and not unknown_gpus(toolkit, environ):
         return []
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"):
         return []  # there are no such wheels
@@ -213,7 +226,7 @@ def gpus_present():
 
 def choose_architectures(environ=os.environ, supported=None):
     """The architectures to compile for and where the choice comes from. `supported`: what nvcc knows, e.g. {'80'}."""
-    asked = environ.get("TORCH_CUDA_ARCH_LIST", "").strip("; ,\t\n")
+    asked = _architectures_asked_for(environ)
     if asked:
         wanted, why = parse_architectures(asked), "TORCH_CUDA_ARCH_LIST"
         usable = [architecture for architecture in wanted if architecture.capability >= MINIMUM_CAPABILITY]
@@ -222,13 +235,56 @@ def choose_architectures(environ=os.environ, supported=None):
         if len(usable) < len(wanted):
             why += ", without those below 8.0"
         return usable, why
-    present = [a for a in parse_architectures(";".join(gpus_present()) or "0.0") if a.capability >= MINIMUM_CAPABILITY]
-    if present:
-        return present, "the GPUs present"
+    chosen, why = {}, "the GPUs present"
+    for gpu in _usable_gpus():
+        known = gpu if supported is None else _nearest(gpu, supported)
+        if known is None:
+            continue  # nvcc has dropped it
+        if known.number != gpu.number:
+            how = "whose PTX the driver compiles for it at first use" if known.ptx else "whose code it runs"
+            why += f"; nvcc does not know sm_{gpu.number}: sm_{known.number}, {how}"
+        if known.number not in chosen or known.ptx:
+            chosen[known.number] = known
+    if chosen:
+        return list(chosen.values()), why
     usual = parse_architectures(";".join(DEFAULT_ARCHITECTURES))
     if supported is not None:
         usual = [architecture for architecture in usual if architecture.number in supported]
-    return usual[:-1] + [Architecture(usual[-1].number, ptx=True)], "the default: no GPU of 8.0 or newer is present"
+    why = "the default: no GPU of 8.0 or newer that nvcc knows is present"
+    return usual[:-1] + [Architecture(usual[-1].number, ptx=True)], why
+
+
+def _architectures_asked_for(environ):
+    return environ.get("TORCH_CUDA_ARCH_LIST", "").strip("; ,\t\n")
+
+
+def _usable_gpus():
+    """This machine's GPUs that the kernels run on, as architectures."""
+    present = [Architecture(capability.replace(".", "")) for capability in gpus_present()]
+    return [gpu for gpu in present if gpu.capability >= MINIMUM_CAPABILITY]
+
+
+def _nearest(gpu, supported):
+    """The last of the `supported` architectures up to a GPU's own; None where nvcc knows later ones only.
+
+    Its machine code runs on the GPU where it is of the same generation; with an older one goes PTX.
+    """
+    before = [Architecture(number) for number in supported if number.isdecimal()]
+    before = [known for known in before if MINIMUM_CAPABILITY <= known.capability <= gpu.capability]
+    if not before:
+        return None
+    last = max(before, key=lambda known: known.capability)
+    return Architecture(last.number, ptx=last.capability[0] < gpu.capability[0])
+
+
+def unknown_gpus(toolkit, environ=os.environ):
+    """The GPUs present that the toolkit has no machine code for. None count where the environment has chosen."""
+    if toolkit.found_in in TOOLKIT_VARIABLES or _architectures_asked_for(environ):
+        return []
+    gpus = _usable_gpus()
+    supported = supported_architectures(toolkit) if gpus else set()
+    nearest = [(gpu, _nearest(gpu, supported)) for gpu in gpus]
+    return [gpu for gpu, known in nearest if known is None or known.ptx]
 
 
 def supported_architectures(toolkit):

@@ -18,7 +18,8 @@ from ._version import __version__
 
 try:
     _native.load()
-except _native.NotBuiltError as _error:
+    from .backends import use as use_backend  # which reads CONVNEXT_KERNELS_BACKEND
+except (_native.NotBuiltError, ValueError) as _error:
     # The command line, `python -m convnext_kernels` in an uncompiled checkout included: one line, no traceback.
     _module = _sys.argv[:1] == ["-m"] and "convnext_kernels" in _sys.orig_argv
     if _module or (_sys.argv[:1] and _sys.argv[0].endswith("/convnext-kernels")):
@@ -27,7 +28,6 @@ except _native.NotBuiltError as _error:
     raise
 
 from . import reference
-from .backends import use as use_backend
 from .block import FusedConvNeXtBlock
 from .convert import FusionEntry, FusionReport, fuse, fusion_report, unfuse
 from .fcmae import FCMAE, FCMAEOutput

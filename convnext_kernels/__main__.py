@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
 # Importing the package loads the compiled libraries, or ends with one line where there are none.
-from . import __version__, native
+from . import __version__, backends, native
 from .cli import bench, info, tune, verify
+from .cli.terminal import CommandError, discard_stdout
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,25 +26,36 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0, 1 for a failed check, 2 for bad usage, 130 when interrupted."""
+    """Runs a command and returns its exit code.
+
+    0; 1 for a failed check, memory that ran out or a full disk; 2 for what was asked for and is not there or cannot be
+    done; 130 when interrupted.
+    """
     options = parser().parse_args(arguments)
     bindings = native.status().bindings
     try:
         if bindings is not None:
             bindings.cpu_capability()
     except RuntimeError as error:  # CONVNEXT_KERNELS_CPU_CAPABILITY names what is not there
-        print(f"convnext-kernels: {error}", file=sys.stderr)
-        return 2
+        return _failed(error, 2)
     try:
-        code = options.run(options)
-        sys.stdout.flush()
-        return code
+        if sys.stdout is None:  # closed before Python started
+            raise CommandError("stdout is closed", 1)
+        return options.run(options)
+    except CommandError as error:
+        return _failed(error, error.code)
+    except backends.RefusedError as error:  # CONVNEXT_KERNELS_BACKEND names what cannot run here
+        return _failed(error, 2)
     except BrokenPipeError:  # the reader of a pipe, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit has somewhere to go
+        discard_stdout()
         return 0
     except KeyboardInterrupt:
-        print("convnext-kernels: interrupted", file=sys.stderr)
-        return 130
+        return _failed("interrupted", 130)
+
+
+def _failed(reason: object, code: int) -> int:
+    print(f"convnext-kernels: {reason}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

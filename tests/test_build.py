@@ -79,6 +79,13 @@ def test_nvcc_flags_of_an_architecture():
         ("", ["7.5"], None, ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120+PTX"]),
         ("", [], None, ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120+PTX"]),
         ("", [], {"80", "86", "89", "90"}, ["sm_80", "sm_86", "sm_89", "sm_90+PTX"]),
+        ("12.0", ["9.0"], {"80", "90"}, ["sm_120"]),  # what was asked for is nvcc's to refuse
+        ("", ["10.3"], {"90", "100", "100a", "100f", "120"}, ["sm_100"]),
+        ("", ["10.0", "10.3"], {"100"}, ["sm_100"]),
+        ("", ["12.0"], {"75", "80", "90", "90a"}, ["sm_90+PTX"]),
+        ("", ["9.0", "12.0"], {"80", "90"}, ["sm_90+PTX"]),
+        ("", ["8.0", "9.0"], {"75", "90", "100"}, ["sm_90"]),
+        ("", ["8.0"], {"75", "86", "90", "100"}, ["sm_86", "sm_90", "sm_100+PTX"]),
     ],
 )
 def test_choice_of_architectures(monkeypatch, asked, gpus, supported, expected):
@@ -86,6 +93,22 @@ def test_choice_of_architectures(monkeypatch, asked, gpus, supported, expected):
     chosen, why = toolchain.choose_architectures({"TORCH_CUDA_ARCH_LIST": asked}, supported)
     assert [str(architecture) for architecture in chosen] == expected
     assert why
+
+
+@pytest.mark.parametrize(
+    ("gpus", "why"),
+    [
+        (["9.0"], "the GPUs present"),
+        (["10.3"], "the GPUs present; nvcc does not know sm_103: sm_100, whose code it runs"),
+        (
+            ["12.0"],
+            "the GPUs present; nvcc does not know sm_120: sm_100, whose PTX the driver compiles for it at first use",
+        ),
+    ],
+)
+def test_what_stands_in_for_an_unknown_architecture_is_said(monkeypatch, gpus, why):
+    monkeypatch.setattr(toolchain, "gpus_present", lambda: gpus)
+    assert toolchain.choose_architectures({}, {"90", "90a", "100"})[1] == why
 
 
 def test_only_too_old_architectures_is_an_error():
@@ -112,8 +135,14 @@ def _script(path, text):
     return path
 
 
-def _fake_toolkit(root, version=(13, 0), lib="lib64", pieces=("cuda_runtime.h", "libcudart_static.a", "cicc")):
-    """A toolkit whose nvcc answers --dryrun as NVIDIA's does: with paths relative to where it really lies."""
+def _fake_toolkit(
+    root,
+    version=(13, 0),
+    lib="lib64",
+    pieces=("cuda_runtime.h", "libcudart_static.a", "cicc"),
+    knows=("75", "80", "90", "100", "120"),
+):
+    """A toolkit whose nvcc answers as NVIDIA's does: --dryrun with paths relative to where it really lies."""
     for piece, folder in {"cuda_runtime.h": "include", "libcudart_static.a": lib, "cicc": "nvvm/bin"}.items():
         (root / folder).mkdir(parents=True, exist_ok=True)
         if piece in pieces:
@@ -126,7 +155,12 @@ def _fake_toolkit(root, version=(13, 0), lib="lib64", pieces=("cuda_runtime.h", 
         '#$ LIBRARIES=  \\"-L$here/../lib64/stubs\\"',
         f"#$ gcc -E -D__CUDACC_VER_MAJOR__={version[0]} -D__CUDACC_VER_MINOR__={version[1]} -x c++",
     ]
-    body = 'here=$(cd "$(dirname "$(readlink -f "$0")")" && pwd)\n' + "\n".join(f'echo "{line}" >&2' for line in lines)
+    listed = f"[ \"$1\" = --list-gpu-arch ] && exec printf 'compute_%s\\n' {' '.join(knows)}\n"
+    body = (
+        listed
+        + 'here=$(cd "$(dirname "$(readlink -f "$0")")" && pwd)\n'
+        + "\n".join(f'echo "{line}" >&2' for line in lines)
+    )
     return _script(root / "bin" / "nvcc", body)
 
 
@@ -219,7 +253,31 @@ def test_nvcc_that_fails_or_does_not_exist(bare_machine, tmp_path):
     ]
 
 
+def test_a_toolkit_that_does_not_know_the_gpu_is_passed_over(bare_machine, monkeypatch, tmp_path):
+    monkeypatch.setattr(toolchain, "gpus_present", lambda: ["7.5", "9.0", "12.0"])
+    old = _fake_toolkit(tmp_path / "usual", version=(12, 4), knows=("80", "90", "90a"))
+    new = _fake_toolkit(tmp_path / "site" / "nvidia" / "cu13", lib="lib")
+    toolkit, rejected = toolchain.find_toolkit(bare_machine, [str(tmp_path / "site")])
+    assert toolkit.nvcc == new
+    assert rejected == [f"{tmp_path / 'usual'}: {old} is CUDA 12.4, which does not know sm_120"]
+    assert toolchain.compiler_requirements(bare_machine, [str(tmp_path / "site")]) == []
+    # What the environment names is taken as it is.
+    for named in ({"CUDA_HOME": str(tmp_path / "usual")}, {"TORCH_CUDA_ARCH_LIST": "9.0+PTX"}):
+        toolkit, rejected = toolchain.find_toolkit(bare_machine | named, [str(tmp_path / "site")])
+        assert (toolkit.nvcc, rejected) == (old, [])
+        assert toolchain.compiler_requirements(bare_machine | named, []) == []
+
+
 # --- what an isolated build asks for
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="the wheels are for Linux")
+@pytest.mark.parametrize(("gpu", "wanted"), [("9.0", False), ("9.2", False), ("10.0", True), ("12.0", True)])
+def test_an_isolated_build_asks_for_a_compiler_that_knows_the_gpu(bare_machine, monkeypatch, tmp_path, gpu, wanted):
+    monkeypatch.setattr(toolchain, "gpus_present", lambda: [gpu])
+    _fake_toolkit(tmp_path / "usual", version=(12, 4), knows=("80", "90", "90a"))
+    assert bool(toolchain.compiler_requirements(bare_machine, [])) == wanted
+    assert toolchain.compiler_requirements({"CONVNEXT_KERNELS_CUDA": "0", **bare_machine}, []) == []
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="the wheels are for Linux")
@@ -319,6 +377,17 @@ def test_plan_with_cuda(bare_machine, source_tree, tmp_path):
     facts = ninja_build.facts_header(plan, "1.2.3")
     assert 'cuda_version = "13.0"' in facts
     assert 'architectures[] = {"sm_90", nullptr}' in facts
+
+
+def test_a_toolkit_that_is_too_old_for_the_gpu_still_builds(bare_machine, source_tree, monkeypatch, tmp_path):
+    """Where it is the only one: the compiler wheels could not be had, or the build is not isolated."""
+    monkeypatch.setattr(toolchain, "gpus_present", lambda: ["12.0"])
+    nvcc = _fake_toolkit(tmp_path / "usual", version=(12, 4), knows=("80", "90", "90a"))
+    (source_tree / "csrc" / "room" / "cuda.cu").touch()
+    plan = ninja_build.make_plan(source_tree, bare_machine, search_path=[])
+    assert plan.toolkit.nvcc == nvcc
+    assert "for sm_90+PTX (the GPUs present; nvcc does not know sm_120: sm_90, whose PTX" in plan.announcement
+    assert ninja_build.CUDA_LIBRARY in plan.outputs
 
 
 def test_kernels_are_compiled_once_for_each_capability(bare_machine, source_tree):

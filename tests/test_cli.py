@@ -1,5 +1,7 @@
 """The command line, and the ways to start it."""
 
+import argparse
+import errno
 import io
 import json
 import os
@@ -115,11 +117,18 @@ def test_uncompiled_tree_says_what_to_do_in_one_line(tmp_path):
         (["bench", "--stages", "0@56"], "--stages: expected CHANNELS@SIZE"),
         (["bench", "--versions", "v3"], "--versions: invalid choice: 'v3'"),
         (["bench", "--batch", "0"], "--batch: expected a number above 0, got '0'"),
+        (["bench", "--batch", "1" + "0" * 23], "--batch: expected at most 2147483647, got '1000"),
+        (["bench", "--stages", "1" + "0" * 24 + "@1"], "--stages: expected at most 2147483647, got '1000"),
         (["bench", "--threads", "two"], "--threads: expected a number above 0, got 'two'"),
+        (["bench", "--threads", "100000"], f"--threads: expected at most {8 * os.cpu_count()}, got '100000'"),
+        (["bench", "--threads", "99999999999"], f"--threads: expected at most {8 * os.cpu_count()}, got '9999"),
         (["bench", "--seconds", "nan"], "--seconds: expected a number above 0, got 'nan'"),
         (["bench", "--seconds", "inf"], "--seconds: expected a number above 0, got 'inf'"),
         (["bench", "--json", "/no/such/folder/x.json"], "--json: expected a file in a folder that exists"),
         (["verify", "--json", "/"], "--json: expected a file in a folder that exists, got '/'"),
+        (["bench", "--json", "/proc/x.json"], "--json: '/proc/x.json' cannot be written: No such file or directory"),
+        (["bench", "--json", "/dev/fd/99"], "--json: '/dev/fd/99' cannot be written: No such file or directory"),
+        (["verify", "--json", "/tmp/" + "x" * 250], " cannot be written: File name too long"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):
@@ -139,15 +148,57 @@ def test_cuda_without_a_gpu_is_a_clear_error(capsys):
     assert f"'cuda' is not there: PyTorch {torch.__version__} sees no GPU" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(native.status().bindings is None, reason="the libraries come without bindings")
-def test_wrong_environment_variable_is_one_line():
-    folder = {"CONVNEXT_KERNELS_LIBRARY_DIR": str(native.status().folder)}
-    done = run(
-        sys.executable, "-m", "convnext_kernels", "info", cwd=ROOT, CONVNEXT_KERNELS_CPU_CAPABILITY="sse9", **folder
-    )
+def _process(*command, **environment):
+    """A process of `python -m convnext_kernels`; a command is a shell's, in which "$@" stands for that."""
+    shell = command or ['exec "$@"']
+    module = [sys.executable, "-m", "convnext_kernels", "info"]
+    folder = str(native.status().folder)
+    return run("sh", "-c", *shell, "sh", *module, cwd=ROOT, CONVNEXT_KERNELS_LIBRARY_DIR=folder, **environment)
+
+
+@pytest.mark.parametrize(
+    ("variable", "expected"),
+    [
+        pytest.param(
+            "CONVNEXT_KERNELS_CPU_CAPABILITY",
+            "expected portable, avx2 or avx512",
+            marks=pytest.mark.skipif(native.status().bindings is None, reason="the libraries come without bindings"),
+        ),
+        ("CONVNEXT_KERNELS_BACKEND", "expected one of auto, cpu, cuda, triton, reference, got 'sse9'"),
+    ],
+)
+def test_wrong_environment_variable_is_one_line(variable, expected):
+    done = _process(**{variable: "sse9"})
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("convnext-kernels: CONVNEXT_KERNELS_CPU_CAPABILITY: expected portable, avx2 or avx512")
+    assert line.startswith(f"convnext-kernels: {variable}: {expected}")
+
+
+@pytest.mark.parametrize("arguments", [["bench", "--stages", "8@5"], ["verify"]], ids=lambda arguments: arguments[0])
+def test_a_forced_backend_that_cannot_run_is_one_line(arguments, capsys):
+    with backends.use("cuda"):
+        assert main([*arguments, "--device", "cpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("convnext-kernels: convnext_kernels::depthwise_conv2d: backend 'cuda' is forced, but the")
+
+
+@pytest.mark.parametrize(
+    ("redirection", "reason"),
+    [
+        (">/dev/full", "stdout cannot be written: No space left on device"),
+        (">&-", "stdout is closed"),
+        ("1</dev/null", "stdout cannot be written: Bad file descriptor"),
+    ],
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_stdout_that_cannot_be_written_is_one_line(redirection, reason, unbuffered):
+    done = _process(f'exec "$@" {redirection}', PYTHONUNBUFFERED=unbuffered)
+    assert (done.returncode, done.stderr) == (1, f"convnext-kernels: {reason}\n")
+
+
+def test_a_reader_that_has_seen_enough_ends_quietly():
+    done = _process('{ "$@"; echo code $? >&2; } | true')
+    assert done.stderr == "code 0\n"
 
 
 def test_interruption_ends_quietly(monkeypatch, capsys):
@@ -157,6 +208,87 @@ def test_interruption_ends_quietly(monkeypatch, capsys):
     monkeypatch.setattr(verify, "_check", interrupted)
     assert main(["verify"]) == 130
     assert capsys.readouterr().err == "convnext-kernels: interrupted\n"
+
+
+# --- --json FILE
+
+
+def _json_file(path):
+    return terminal.json_file_argument(str(path))
+
+
+def test_json_replaces_the_file_behind_links(tmp_path):
+    (tmp_path / "results").mkdir()
+    target, first, second = tmp_path / "results" / "x.json", tmp_path / "first", tmp_path / "second"
+    first.symlink_to("results/x.json")
+    second.symlink_to(first)
+    for content in ([1], [2]):  # the first time the link leads to nothing
+        file = _json_file(second)
+        assert not file.stream
+        file.write(content)
+        assert first.is_symlink() and second.is_symlink()
+        assert json.loads(target.read_text()) == content
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["first", "results", "second", "x.json"]
+
+
+def test_json_goes_straight_into_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    for name in ("pipe", "link"):
+        file = _json_file(tmp_path / name)
+        assert file.stream
+        file.write([name])
+        assert json.loads(os.read(reader, 1000)) == [name]
+        assert (tmp_path / "pipe").is_fifo()
+    os.close(reader)
+
+
+@pytest.mark.parametrize("name", ["/dev/fd/{}", "/proc/self/fd/{}", "{}/link"])
+def test_json_goes_on_in_an_open_file(name, tmp_path):
+    with open(tmp_path / "log", "w") as log:
+        log.write("before\n")
+        log.flush()
+        (tmp_path / "link").symlink_to(f"/dev/fd/{log.fileno()}")
+        _json_file(name.format(tmp_path if "link" in name else log.fileno())).write([1])
+        log.write("after\n")
+    assert (tmp_path / "log").read_text() == "before\n[\n 1\n]\nafter\n"
+
+
+def test_json_that_cannot_be_written_is_refused_beforehand(tmp_path):
+    (tmp_path / "ring").symlink_to("ring")
+    with open(os.devnull) as reading, open("/dev/full", "w") as full:
+        for path, reason in {
+            tmp_path / "ring": "Too many levels of symbolic links",
+            f"/dev/fd/{reading.fileno()}": "Bad file descriptor",
+            f"/dev/fd/{full.fileno()}": "No space left on device",
+        }.items():
+            with pytest.raises(argparse.ArgumentTypeError, match=f"{path}' cannot be written: {reason}"):
+                _json_file(path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_json_without_permission_is_refused_beforehand(tmp_path):
+    (tmp_path / "file").touch(mode=0o444)
+    (tmp_path / "folder").mkdir(mode=0o555)
+    for path in (tmp_path / "file", tmp_path / "folder" / "file"):
+        with pytest.raises(argparse.ArgumentTypeError, match="cannot be written: Permission denied"):
+            _json_file(path)
+
+
+def test_json_that_cannot_be_written_after_all_leaves_the_old_file(tmp_path, monkeypatch):
+    file = _json_file(tmp_path / "x.json")
+    file.write(["old"])
+
+    def full(self, text):
+        self.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(terminal.CommandError, match=r"x\.json' cannot be written: No space left on device"):
+        file.write(["new"])
+    assert json.loads((tmp_path / "x.json").read_text()) == ["old"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "x.json"]
 
 
 # --- info
@@ -361,6 +493,61 @@ def test_bench_refuses_a_wrong_block(damage, tmp_path, monkeypatch, capsys):
     assert printed.out == ""
 
 
+def test_bench_judges_gradients_that_are_zero(tmp_path):
+    """A LayerNorm of one channel has a constant for a result."""
+    code, report = _bench(tmp_path, "--stages", "1@1", "1@2", "--dtype", "fp32")
+    assert code == 0
+    assert len(report["results"]) == 2 * 2
+    exact = {"zero": torch.full((4,), 1e-15, dtype=torch.float64), "other": torch.full((4,), 2.0, dtype=torch.float64)}
+    errors = bench._errors({"zero": torch.full((4,), 0.5), "other": torch.full((4,), 2.5)}, exact)
+    assert errors == {"zero": pytest.approx(0.5), "other": pytest.approx(0.25)}
+
+
+def test_bench_writes_into_a_pipe_once(tmp_path):
+    reader, writer = os.pipe()
+    options = ["--stages", "8@5", "--dtype", "fp32", "--seconds", "0.01", "--json", f"/dev/fd/{writer}"]
+    assert main(["bench", "--device", "cpu", "--batch", "1", *options]) == 0
+    os.close(writer)
+    with open(reader) as pipe:
+        assert len(json.load(pipe)["results"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--stages", "99999999@99999"], 2, "V1 99999999@99999 fp32: expected tensors of less than 2^63 bytes, got "),
+        # More than an address space holds: it fails whatever the system promises.
+        (["--batch", "999999999"], 1, "V1 96@56 fp32: out of memory, 1204223998795776 bytes in one piece"),
+    ],
+    ids=["addresses", "memory"],
+)
+def test_bench_beyond_what_there_is_is_one_line(arguments, code, message, capsys):
+    assert main(["bench", "--device", "cpu", "--dtype", "fp32", "--seconds", "0.01", *arguments]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"convnext-kernels: {message}")
+
+
+def test_bench_whose_results_nobody_reads_is_one_line(capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    options = ["--stages", "8@5", "--dtype", "fp32", "--seconds", "0.01", "--json", f"/dev/fd/{writer}"]
+    assert main(["bench", "--device", "cpu", "--batch", "1", *options]) == 2
+    os.close(writer)
+    assert capsys.readouterr().err == f"convnext-kernels: --json: '/dev/fd/{writer}' cannot be written: Broken pipe\n"
+
+
+def test_other_errors_are_no_lack_of_memory():
+    for error, asked in {
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0"): ", 20.00 GiB in one piece",
+        MemoryError(): "",
+    }.items():
+        with pytest.raises(terminal.CommandError) as caught, terminal.allocating("this"):
+            raise error
+        assert (str(caught.value), caught.value.code) == (f"this: out of memory{asked}", 1)
+    with pytest.raises(RuntimeError, match="another"), terminal.allocating("this"):
+        raise RuntimeError("another")
+
+
 def test_bench_shows_a_slow_block_as_slow(tmp_path, monkeypatch):
     intact = FusedConvNeXtBlock.forward
 
@@ -437,6 +624,12 @@ def test_progress_is_drawn_on_a_terminal_only():
             assert text.endswith("\r\x1b[K")
         else:
             assert text == ""
+
+
+def test_progress_without_stderr(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)  # as Python starts where it is closed
+    with terminal.Progress(1) as progress:
+        progress.step("first")
 
 
 def test_table_is_aligned():

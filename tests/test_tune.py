@@ -1,15 +1,20 @@
 """`convnext-kernels tune`: its search with an imagined clock, its cache, its arguments. Only the clock needs a GPU."""
 
+import contextlib
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+import triton
+
 import convnext_kernels  # noqa: F401  (loads the compiled operators)
 from convnext_kernels import backends, triton_kernels
 from convnext_kernels.__main__ import main
 from convnext_kernels.cli import tune
-from convnext_kernels.triton_kernels import config
+from convnext_kernels.cli.terminal import CommandError
+from convnext_kernels.triton_kernels import config, offline
 from convnext_kernels.triton_kernels.config import Config
 from convnext_kernels.triton_kernels.launch import chip_of_architecture
 
@@ -158,12 +163,73 @@ def test_candidates_that_fail_or_differ_are_passed_over_and_named(declare):
         machine.launch("kernel")
         return (machine.result(),)
 
-    tuner = tune.Tuner(machine.time, (MemoryError,))
+    tuner = tune.Tuner(machine.time, lambda error: isinstance(error, MemoryError))
     assert best_of(tuner.tune(run)) == {"kernel": 16}
     assert len(tuner.refused) == 2
     assert "results are off by 1.0e+00" in tuner.refused[0] and "shared memory" in tuner.refused[1]
     with pytest.raises(MemoryError):  # an error that nobody announced is an error
         tune.Tuner(machine.time).tune(run)
+
+
+_COMPILERS_OWN = triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory")
+
+
+@pytest.mark.parametrize(
+    ("error", "refused"),
+    [
+        (_COMPILERS_OWN, True),
+        (triton.runtime.errors.PTXASError("`ptxas` failed with error code 1"), True),
+        (RuntimeError("PassManager::run failed"), True),
+        (RuntimeError("failed to translate module to LLVM IR"), True),
+        (RuntimeError("Triton Error [CUDA]: invalid argument"), True),
+        (RuntimeError("layer_norm: argument 'x': expected a tensor, got None"), False),
+        (RuntimeError("Cannot find ptxas"), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (ValueError("PassManager::run failed"), False),
+    ],
+    ids=repr,
+)
+def test_what_counts_as_a_refused_candidate(error, refused, declare, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    a, b = sized(16, 32)
+    machine = declare({"kernel": {a: 3.0, b: 2.0}})
+
+    def run():
+        if machine.launch("kernel") == b:
+            raise error
+        return (machine.result(),)
+
+    tuner = tune.Tuner(machine.time, tune.refuses)
+    if refused:
+        assert best_of(tuner.tune(run)) == {"kernel": 16}
+        assert len(tuner.refused) == 1
+    else:
+        with pytest.raises(type(error)):
+            tuner.tune(run)
+
+
+def test_a_kernel_that_failed_while_it_ran_is_no_refusal(monkeypatch):
+    """CUDA says so once more, to whatever is asked of it."""
+
+    def synchronize():
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        tune.refuses(RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"))
+
+
+@pytest.mark.parametrize("message", ["PassManager::run failed", "something else"])
+def test_compiling_ahead_leaves_refused_candidates_to_tuning(message, monkeypatch):
+    def compile_launch(launch, capability):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(offline, "compile_launch", compile_launch)
+    monkeypatch.setattr(tune, "_compiled", set())
+    work = next(w for w in tune.workloads([(24, 3)], [2], [torch.bfloat16]) if w.operator == "layer_norm")
+    with contextlib.nullcontext() if message.startswith("Pass") else pytest.raises(RuntimeError, match=message):
+        tune._compile_variant(work, [], chip_of_architecture(90))
+    assert tune._compiled
 
 
 def test_nan_is_a_difference(declare):
@@ -211,6 +277,11 @@ def test_every_stage_is_one_the_kernels_take_and_every_bucket_is_met():
     assert {config.bucket_of(r) for r in rows} == set(config.ROW_BUCKETS)
 
 
+def test_a_workload_beyond_what_can_be_addressed_is_refused():
+    with pytest.raises(CommandError, match=r"8@99999999 batch 128: expected tensors of less than 2\^63 bytes"):
+        tune.workloads([(8, 99999999)], [1, 128], [torch.bfloat16])
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("arguments", [[], ["--device", "cpu"]])
 def test_without_a_gpu_it_says_so(arguments, capsys):
@@ -225,6 +296,10 @@ def test_without_a_gpu_it_says_so(arguments, capsys):
         (["--stages", "96x56"], "--stages: expected CHANNELS@SIZE, such as 96@56, got '96x56'"),
         (["--stages", "100@56"], "--stages: expected channels in multiples of 8, got '100@56'"),
         (["--batch", "0"], "--batch: expected a number above 0, got '0'"),
+        (["--batch", "²"], "--batch: expected a number above 0, got '²'"),
+        (["--batch", "1" + "0" * 23], "--batch: expected at most 2147483647, got '1000"),
+        (["--stages", "8@99999999999"], "--stages: expected at most 2147483647, got '99999999999'"),
+        (["--jobs", "100000"], "--jobs: expected at most "),
         (["--dtype", "fp64"], "--dtype: invalid choice: 'fp64'"),
     ],
 )

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from .environment import describe_backends, describe_environment, describe_triton
-from .terminal import table
+from .terminal import show, table
 
 __all__ = ["add_parser"]
 
@@ -59,11 +59,9 @@ def _lines(environment: dict[str, Any]) -> list[tuple[str, str]]:
 def _run(options: argparse.Namespace) -> int:
     environment, backends = describe_environment(paths=True), describe_backends()
     if options.json:
-        print(json.dumps({"environment": environment, "backends": backends}, indent=1))
+        show(json.dumps({"environment": environment, "backends": backends}, indent=1))
         return 0
-    for name, value in _lines(environment):
-        print(f"{name:18}{value}")
-    print()
+    facts = [f"{name:18}{value}" for name, value in _lines(environment)]
     rows = [(row["operator"], row["device"], row["backend"] or "-", row["reason"]) for row in backends]
-    print(table(("operator", "device", "backend", "why"), rows))
+    show("\n".join([*facts, "", table(("operator", "device", "backend", "why"), rows)]))
     return 0

@@ -8,7 +8,6 @@ import functools
 import itertools
 import multiprocessing
 import os
-import re
 import sys
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -20,7 +19,17 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .terminal import Progress, device_argument, table
+from .terminal import (
+    Progress,
+    allocating,
+    check_sizes,
+    count_argument,
+    device_argument,
+    show,
+    stage_argument,
+    table,
+    threads_argument,
+)
 
 __all__ = ["Compilers", "Tuner", "add_parser", "variants"]
 
@@ -58,6 +67,8 @@ def workloads(stages: list[tuple[int, int]], batches: list[int], dtypes: list[to
     """Every operator that has a Triton kernel, on every stage."""
     from .. import triton_kernels
 
+    for (channels, side), batch in itertools.product(stages, batches):
+        check_sizes(f"{channels}@{side} batch {batch}", batch, channels, side)
     kinds = [
         (operator, variant)
         for operator in backends.OPERATORS
@@ -131,7 +142,7 @@ class Tuner:
 
     Args:
         time: seconds that a call of a function takes.
-        errors: what a candidate that the chip cannot run raises; such a one is passed over.
+        refuses: whether an error means that the chip or the compiler cannot run a candidate; such a one is passed over.
         tolerance: relative RMS by which results may differ from those of the configuration that runs now.
         announce: called with what is being tried.
     """
@@ -139,11 +150,11 @@ class Tuner:
     def __init__(
         self,
         time: Callable[[Callable[[], Any]], float],
-        errors: tuple[type[Exception], ...] = (),
+        refuses: Callable[[Exception], bool] = lambda error: False,
         tolerance: float = 1e-2,
         announce: Callable[[str], None] = lambda what: None,
     ) -> None:
-        self._time, self._errors, self._tolerance, self._announce = time, errors, tolerance, announce
+        self._time, self._refuses, self._tolerance, self._announce = time, refuses, tolerance, announce
         self.refused: list[str] = []
 
     def tune(self, run: Callable[[], tuple[Tensor, ...]], known: dict[Any, Any] | None = None) -> dict[Any, Any]:
@@ -178,7 +189,9 @@ class Tuner:
                     with self._at_their_best():
                         self._announce(f"{kernel} {candidate}")
                         seconds = self._time(self._run) if self._agrees(kernel, candidate) else float("inf")
-                except self._errors as error:
+                except Exception as error:
+                    if not self._refuses(error):
+                        raise
                     (reason, *_) = str(error).splitlines() or [type(error).__name__]
                     self.refused.append(f"{kernel} {candidate}: {reason}")
                     continue
@@ -304,37 +317,48 @@ def _compile_variant(workload: Workload, overrides: list[tuple[str, dict[str, in
         key = repr((each.kernel.__name__, offline.specialised(each, chip.capability)))
         if key not in _compiled:
             _compiled.add(key)
-            with contextlib.suppress(*_compiler_errors()):  # tuning meets it again, and lists it
+            try:
                 offline.compile_launch(each, chip.capability)
+            except Exception as error:  # tuning meets it again, and lists it
+                if not refuses(error):
+                    raise
 
 
 _compiled: set[str] = set()
 
 
-def _compiler_errors() -> tuple[type[Exception], ...]:
-    """What the compiler gives up on, and what a chip cannot hold."""
+#: How the messages of Triton's C++ begin that come as plain RuntimeErrors: of MLIR's passes, and of the way to LLVM.
+_COMPILER_FAILURES = ("PassManager::run failed", "failed to translate module to LLVM IR")
+_DRIVER_FAILURE = "Triton Error [CUDA]"
+
+
+def refuses(error: Exception) -> bool:
+    """Whether the compiler gave up on a candidate, or the chip cannot hold it.
+
+    Raises:
+        RuntimeError: a kernel has failed while it ran; nothing runs in this process any more.
+    """
     import triton
 
-    return triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError, triton.compiler.CompilationError
+    named = triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError, triton.compiler.CompilationError
+    if isinstance(error, named):
+        return True
+    if type(error) is not RuntimeError:  # PyTorch's own are of classes below it
+        return False
+    if str(error).startswith(_DRIVER_FAILURE):
+        torch.cuda.synchronize()  # raises again what an earlier launch left behind: that is no candidate's refusal
+        return True
+    return str(error).startswith(_COMPILER_FAILURES)
 
 
 # --- the command
 
 
 def _stage_argument(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)@(\d+)", text)
-    if not match or not all(map(int, match.groups())):
-        raise argparse.ArgumentTypeError(f"expected CHANNELS@SIZE, such as 96@56, got {text!r}")
-    channels, side = map(int, match.groups())
+    channels, side = stage_argument(text)
     if channels % 8:
         raise argparse.ArgumentTypeError(f"expected channels in multiples of 8, got {text!r}")
     return channels, side
-
-
-def _count_argument(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return int(text)
 
 
 def add_parser(commands: Any) -> None:
@@ -348,11 +372,11 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--device", type=device_argument, help="cuda or cuda:N (default: cuda)")
     parser.add_argument("--stages", nargs="+", type=_stage_argument, metavar="C@SIZE", help="default: those of T to XL")
-    parser.add_argument("--batch", nargs="+", type=_count_argument, default=list(BATCHES), help="default: 1 8 128")
+    parser.add_argument("--batch", nargs="+", type=count_argument, default=list(BATCHES), help="default: 1 8 128")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"], help="default: bf16")
     parser.add_argument(
         "--jobs",
-        type=_count_argument,
+        type=threads_argument,
         default=min(16, os.cpu_count() or 1),
         help="processes that compile (default: %(default)s)",
     )
@@ -392,15 +416,16 @@ def _run(options: argparse.Namespace) -> int:
         for workload in todo:
             progress.step(str(workload))
             pool.compile(workload, found)
-            tuner = Tuner(time, _compiler_errors(), _TOLERANCES[workload.dtype], progress.note)
-            arguments = arguments_of(workload, device)
+            tuner = Tuner(time, refuses, _TOLERANCES[workload.dtype], progress.note)
             implementation = triton_kernels.implementation(workload.operator)
+            with allocating(str(workload)):
+                arguments = arguments_of(workload, device)
 
-            def run(implementation: Any = implementation, arguments: Any = arguments) -> tuple[Tensor, ...]:
-                results = implementation(*arguments)
-                return results if isinstance(results, tuple) else (results,)
+                def run(implementation: Any = implementation, arguments: Any = arguments) -> tuple[Tensor, ...]:
+                    results = implementation(*arguments)
+                    return results if isinstance(results, tuple) else (results,)
 
-            new = tuner.tune(run, found)
+                new = tuner.tune(run, found)
             refused += tuner.refused
             if new:
                 found |= new
@@ -416,10 +441,10 @@ def _report(found: dict[Any, Any], refused: list[str], name: str) -> None:
         (kernel, str(p.channels), str(p.hidden), str(p.dtype).removeprefix("torch."), _rows_up_to(p.rows), _short(best))
         for (kernel, p), best in found.items()
     ]
-    print(table(("kernel", "C", "K", "dtype", "rows", "fastest"), rows, right=(1, 2, 4)))
-    print(f"\n{len(found)} configurations for {name} are in {config.cache_file(name)}")
+    show(table(("kernel", "C", "K", "dtype", "rows", "fastest"), rows, right=(1, 2, 4)))
+    show(f"\n{len(found)} configurations for {name} are in {config.cache_file(name)}")
     if refused:
-        print(f"{len(refused)} candidates do not run on this chip or differ, the first: {refused[0]}")
+        show(f"{len(refused)} candidates do not run on this chip or differ, the first: {refused[0]}")
 
 
 def _rows_up_to(bound: int) -> str:

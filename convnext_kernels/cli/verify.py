@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import backends, operators, reference
 from .accuracy import Verdict, judge, nudged
 from .environment import describe_environment
-from .terminal import Progress, device_argument, json_file_argument, table, write_json
+from .terminal import Progress, allocating, device_argument, json_file_argument, show, table
 
 __all__ = ["add_parser"]
 
@@ -355,8 +355,10 @@ def _run(options: argparse.Namespace) -> int:
         for device in devices:
             for case in CASES:
                 for mode in MODES:
-                    progress.step(f"{device} {case.operator} {case.name} {mode.name}")
-                    outcomes += _check(case, mode, device)
+                    what = f"{device} {case.operator} {case.name} {mode.name}"
+                    progress.step(what)
+                    with allocating(what):
+                        outcomes += _check(case, mode, device)
     failed = [outcome for outcome in outcomes if not outcome.ok]
     report = {
         "what": "convnext-kernels verify",
@@ -365,12 +367,12 @@ def _run(options: argparse.Namespace) -> int:
         "results": [outcome.to_json() for outcome in outcomes],
     }
     if options.json is sys.stdout:
-        print(json.dumps(report, indent=1))
+        show(json.dumps(report, indent=1))
     else:
         if options.json:
-            write_json(options.json, report)
-        print(_summary(outcomes))
-        print(f"\n{len(outcomes)} results against fp64, {len(failed)} wrong")
+            options.json.write(report)
+        show(_summary(outcomes))
+        show(f"\n{len(outcomes)} results against fp64, {len(failed)} wrong")
     for outcome in failed:
         print(_explain(outcome), file=sys.stderr)
     return 1 if failed else 0
