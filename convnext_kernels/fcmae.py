@@ -22,8 +22,10 @@ __all__ = ["FCMAE", "FCMAEOutput"]
 
 
 class FCMAEOutput(NamedTuple):
-    """Of a pretraining step: the loss, a scalar in fp32; what was predicted, (N, stride^2 * channels, rows, columns),
-    each patch's pixels row by row, the image's channels last; and which patches were masked, (N, rows, columns), bool.
+    """Of a pretraining step.
+
+    `loss`: a scalar in fp32 (fp64 for fp64). `prediction`: (N, stride^2 * image_channels, rows, columns), the pixels of
+    each patch row by row, their channels innermost. `mask`: (N, rows, columns), bool, True where a patch was masked.
     """
 
     loss: Tensor
@@ -148,12 +150,13 @@ class FCMAE(nn.Module):
         return self.pred(self.decoder(x))
 
     def loss(self, images: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:
-        """The mean square error, in fp32, over the pixels of the masked patches."""
-        target = self.patchify(images).float()
+        """The mean square error, in fp32 (fp64 for fp64), over the pixels of the masked patches."""
+        dtype = torch.promote_types(prediction.dtype, torch.float32)
+        target = self.patchify(images).to(dtype)
         if self.normalize_target:
             variance, mean = torch.var_mean(target, dim=1, keepdim=True)
             target = (target - mean) / (variance + 1e-6).sqrt()
-        error = (prediction.float() - target).square().mean(dim=1)
+        error = (prediction.to(dtype) - target).square().mean(dim=1)
         return (error * mask).sum() / mask.sum()
 
     def patchify(self, images: Tensor) -> Tensor:

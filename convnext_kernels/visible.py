@@ -74,12 +74,13 @@ class VisiblePatches:
         if mask.dim() != 3:
             arguments.wrong_value(name, "mask", "a tensor of rank 3 (N, rows, columns)", f"shape {tuple(mask.shape)}")
         visible = ~mask.flatten(1)
-        counts = visible.sum(1).unique().tolist()
-        if len(counts) > 1 or counts == [0]:
-            expected = "equally many visible patches in every image, and at least one"
-            arguments.wrong_value(name, "mask", expected, " to ".join(str(count) for count in (counts[0], counts[-1])))
-        index = visible.nonzero()[:, 1].view(len(mask), -1) if counts else visible.new_empty(0, 1, dtype=torch.int64)
-        return cls(index, (mask.shape[1], mask.shape[2]))
+        count = 1  # of no images
+        if len(mask):
+            least, count = (int(extreme) for extreme in visible.sum(1).aminmax())
+            if least != count or count == 0:
+                expected = "equally many visible patches in every image, and at least one"
+                arguments.wrong_value(name, "mask", expected, f"{least} to {count}")
+        return cls(visible.nonzero()[:, 1].view(len(mask), count), (mask.shape[1], mask.shape[2]))
 
     @property
     def mask(self) -> Tensor:
