@@ -104,6 +104,23 @@ def check_compiled(case, capability):
             assert re.search(r"ld\.global\.v4", code.ptx), what
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+def test_fp32_sums_are_cut(capability):
+    """A sum over C or K as one chain of FMAs has twice the error of PyTorch's, which the interpreter does not show."""
+    chip, fp32 = launch.chip_of_architecture(capability), torch.float32
+    recorded = launches(chip, 512, fp32)
+    tiles = config.Config({"BLOCK_M": 16, "BLOCK_K": 16})
+    with contextlib.ExitStack() as stack:
+        for kernel in ("mlp_grn_fused", "mlp_squares"):
+            stack.enter_context(config.override(kernel, tiles))
+        recorded += launches(chip, 96, fp32, grn=True, fused=1)
+    depths = {"fc1_kernel": "BLOCK_K", "fc2_kernel": "BLOCK_K", "squares_kernel": "C0", "fused_kernel": "C0"}
+    products = {each.kernel.__name__: each for each in recorded if each.kernel.__name__ in PRODUCTS}
+    for name, depth in depths.items():
+        ptx = triton_tools.compile_launch(products[name], capability).ptx
+        assert triton_tools.longest_sum(ptx) == products[name].constants[depth], name
+
+
 def test_no_new_code_for_another_batch_size():
     """A kernel is specialised on no number of rows: sizes of 1, of multiples of 16 and odd ones share the code."""
     chip = launch.chip_of_architecture(90)
@@ -134,6 +151,17 @@ def test_refusals_outside_the_interpreter():
     arguments = [z, None, None, None, torch.zeros(96, 24), None, None, None, torch.zeros(24, 96), None, None, None]
     with pytest.raises(RuntimeError, match="layer_norm_mlp: argument 'z': expected a CUDA tensor, got one on 'cpu'"):
         layer_norm_mlp(*arguments, 1e-6, "none", torch.float32, False)
+
+
+def test_takes_as_many_rows_as_int32_counts():
+    widths = [None, None, None, meta(32, 8), None, None, None, meta(8, 32), None, None, None]
+    options = 1e-6, "none", torch.float16, False
+    with launch.recorded(launch.chip_of_architecture(90)):
+        z = meta(1, launch.MOST_ROWS, 8, dtype=torch.float16)
+        layer_norm_mlp(z, *widths, *options)
+        z = meta(2, launch.MOST_ROWS // 2 + 1, 8, dtype=torch.float16)
+        with pytest.raises(RuntimeError, match=r"layer_norm_mlp: argument 'z': expected at most \d+ rows .*, got 2147"):
+            layer_norm_mlp(z, *widths, *options)
 
 
 def test_takes_multiples_of_eight():

@@ -10,7 +10,7 @@ from convnext_kernels import triton_kernels
 from convnext_kernels.triton_kernels import config, launch
 from convnext_kernels.triton_kernels.mlp_backward import WORKSPACE_BYTES, layer_norm_mlp_backward
 from convnext_kernels.triton_kernels.mlp_backward_config import MOST_ROW_COLUMNS
-from triton_tools import compile_launch, in_interpreter
+from triton_tools import compile_launch, in_interpreter, longest_sum
 
 PRODUCTS = (
     *("hidden_gradients_kernel", "weight_gradient_kernel", "norm_gradient_kernel", "input_gradient_kernel"),
@@ -121,6 +121,40 @@ def test_machine_code_for_small_shared_memories(capability):
     check_machine_code(capability, arguments((16, 14, 14, 384), torch.float16, grn=True))
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+def test_fp32_sums_are_cut(capability):
+    """A sum over C, K or the rows as one chain of FMAs has twice the error of PyTorch's; the interpreter hides it."""
+    shapes = {96: (32, 28, 28, 96), 512: (32, 7, 7, 512)}
+    given = {channels: arguments(shape, torch.float32) for channels, shape in shapes.items()}
+    launches = [*launches_of(capability, given[96])[0], *launches_of(capability, given[512])[0]]
+    tiles = config.Config({"BLOCK_M": 16, "BLOCK_K": 16}, num_warps=8)
+    with (
+        config.override("mlp_backward_form", config.Config({"FUSED": 1})),
+        config.override("mlp_backward_rows", tiles),
+    ):
+        launches += launches_of(capability, given[96])[0]
+    depths = {
+        "hidden_gradients_kernel": "BLOCK_C",
+        "weight_gradient_kernel": "BLOCK_R",
+        "norm_gradient_kernel": "BLOCK_K",
+        "input_gradient_kernel": "BLOCK_K",
+        "row_gradients_kernel": "C0",
+    }
+    products = {one.kernel.__name__: one for one in launches}
+    for name, depth in depths.items():
+        assert longest_sum(compile_launch(products[name], capability).ptx) == products[name].constants[depth], name
+
+
+def test_threads_share_no_element_of_a_gradient_that_is_its_parts():
+    """A thread that reads a part when another has stored the gradient there would take the one for the other."""
+    for shape, hidden in (((2, 4, 4, 8), None), ((2, 4, 4, 16), None), ((2, 4, 4, 16), 8), ((16, 28, 28, 384), None)):
+        launches, _ = launches_of(90, arguments(shape, torch.float32, hidden=hidden))
+        (last,) = (one for one in launches if one.kernel.__name__ == "parameter_gradients_kernel")
+        constants = last.constants
+        threads = 32 * constants["num_warps"]
+        assert constants["COLUMNS"] >= threads and constants["BLOCK_K"] * constants["BLOCK_C"] >= threads
+
+
 def memory(launches, given, results):
     """Bytes of every tensor that launches read or write, other than arguments and results."""
     known = {id(t.untyped_storage()) for t in (*given, *results) if isinstance(t, torch.Tensor)}
@@ -179,6 +213,13 @@ def test_candidates_have_the_kernels_blocks():
                 only_form = kernel == "mlp_backward_form" and channels > MOST_ROW_COLUMNS
                 assert len(candidates) == len(set(candidates)) and (len(candidates) > 1) != only_form
                 assert len({tuple(sorted(candidate.blocks)) for candidate in candidates}) == 1, kernel
+
+
+def test_takes_as_many_rows_as_int32_counts():
+    with launch.recorded(launch.chip_of_architecture(90)):
+        layer_norm_mlp_backward(*arguments((1, launch.MOST_ROWS, 8), torch.float16))
+        with pytest.raises(RuntimeError, match=r"argument 'z': expected at most \d+ rows of C elements, got 2147"):
+            layer_norm_mlp_backward(*arguments((2, launch.MOST_ROWS // 2 + 1, 8), torch.float16))
 
 
 def test_takes_multiples_of_eight():

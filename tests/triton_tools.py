@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import math
 import os
 import re
 import subprocess
@@ -64,6 +65,25 @@ def compile_launch(launch, capability):
         code.ptx,
         code.cubin,
     )
+
+
+def longest_sum(ptx):
+    """How many FMAs are in the longest chain of them, each adding to the sum of the one before.
+
+    Infinite where the first one adds to what a turn of the loop has left for the next: a register written twice.
+    """
+    writes, addends, copies, lengths = {}, {}, {}, {}
+    for name, result, operands in re.findall(r"^\s*([a-z][\w.]*)\s+(%\w+), ([^;]*);", ptx, re.MULTILINE):
+        writes[result] = writes.get(result, 0) + 1
+        if name == "fma.rn.f32":
+            addends[result] = operands.split(", ")[2]
+        elif name.startswith("mov."):
+            copies[result] = operands
+    for result, addend in addends.items():  # in the order of the text, so that what is added to comes first
+        while addend in copies and writes[addend] == 1:
+            addend = copies[addend]
+        lengths[result] = 1 + (math.inf if writes.get(addend, 0) > 1 else lengths.get(addend, 0))
+    return max(lengths.values(), default=0)
 
 
 def in_interpreter(script, *arguments, timeout=900):

@@ -1,7 +1,8 @@
 """Triton kernels: one function an operator, with the signature and the results of the raw operator it implements.
 
 They run on CUDA tensors of fp32, fp16 and bf16 (and on CPU tensors in Triton's interpreter, where TRITON_INTERPRET=1
-was set before this package was imported). `why_not` says beforehand what they cannot take.
+was set before this package was imported). layer_norm_mlp and its backward take C and K in multiples of 8. `why_not`
+says beforehand what they cannot take; only more rows than `launch.MOST_ROWS` are refused by the call itself.
 
 This module imports Triton: `convnext_kernels.backends` imports it when it is first needed.
 """

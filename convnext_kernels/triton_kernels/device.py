@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 __all__ = [
+    "add_product",
     "gelu",
     "gelu_and_derivative",
     "gelu_derivative",
@@ -169,6 +170,22 @@ def live_rows(live_count, first, rows, rows_per_sample):
 
 
 # --- tiles of a product
+
+
+@triton.jit
+def add_product(acc, a, b):
+    """acc + a b, acc in fp32.
+
+    The fp32 units sum a product of fp32 as one chain of FMAs for each element. A chain that went on through acc would
+    be as long as the loop's whole depth, and its error twice that of PyTorch's, which splits the depth: here the chains
+    start at 0 and are as long as a is wide. Tensor cores sum 16-bit products into acc, as PyTorch does it.
+    """
+    if a.dtype == tl.float32:
+        # For fp32 the bound on imprecise sums has no meaning but one: the compiler does not start the chain at acc.
+        acc += tl.dot(a, b, input_precision="ieee", max_num_imprecise_acc=a.shape[1])
+    else:
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit

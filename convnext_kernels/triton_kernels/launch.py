@@ -20,8 +20,10 @@ from torch import Tensor
 __all__ = [
     "DTYPES",
     "INTERPRETED",
+    "MOST_ROWS",
     "Chip",
     "Launch",
+    "check_mlp",
     "check_tensors",
     "chip_of",
     "column_pieces",
@@ -33,11 +35,16 @@ __all__ = [
     "sample_order",
     "tiles_of",
     "why_not_device",
+    "why_not_mlp",
     "why_not_tensor",
 ]
 
 #: What the kernels take; fp64 runs elsewhere.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+#: layer_norm_mlp and its backward take no more rows (of C elements, of which there may be more than 2^31): they count
+#: rows in int32, and 2^16 are left for those that only round up a tile or a program's share.
+MOST_ROWS = 2**31 - 2**16
 
 #: Triton reads TRITON_INTERPRET when it decorates a kernel: with this package's import it is settled.
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -117,6 +124,31 @@ def why_not_tensor(tensor: Tensor) -> str | None:
     if tensor.dtype not in DTYPES:
         return f"Triton kernels take float32, float16 and bfloat16, not {tensor.dtype}"
     return why_not_device(tensor.device)
+
+
+def why_not_mlp(operator: str, z: Tensor, fc1_weight: Tensor) -> str | None:
+    """Why the kernels of layer_norm_mlp or its backward take no tensors of these widths; None where they do.
+
+    For the choice of a backend, which is made once for a width: too many rows are `check_mlp`'s to refuse.
+    """
+    channels, hidden = z.shape[-1], fc1_weight.shape[0]
+    if not channels or not hidden or channels % 8 or hidden % 8:
+        return f"{operator} in Triton takes channels in multiples of 8, not C = {channels} with K = {hidden}"
+    return None
+
+
+def check_mlp(operator: str, z: Tensor, fc1_weight: Tensor) -> None:
+    """Raises unless the kernels of layer_norm_mlp or its backward can take these shapes.
+
+    Raises:
+        RuntimeError: names the operator, and what of the shapes it cannot take.
+    """
+    reason = why_not_mlp(operator, z, fc1_weight)
+    if reason is not None:
+        raise RuntimeError(reason)
+    rows = z.numel() // z.shape[-1]
+    if rows > MOST_ROWS:
+        fail(operator, "z", f"at most {MOST_ROWS} rows of C elements", f"{rows} rows")
 
 
 def fail(operator: str, argument: str, expected: str, got: Any) -> NoReturn:

@@ -59,10 +59,7 @@ _PARAMETERS = (
 
 def why_not(operator: str, *arguments: Any) -> str | None:
     """Why these arguments cannot be taken, dtype and device apart; None where they can."""
-    channels, hidden = arguments[1].shape[-1], arguments[7].shape[0]
-    if channels % 8 or hidden % 8:
-        return f"{operator} in Triton takes channels in multiples of 8, not C = {channels} with K = {hidden}"
-    return None
+    return launch.why_not_mlp(operator, arguments[1], arguments[7])
 
 
 def layer_norm_mlp_backward(
@@ -156,5 +153,4 @@ def _check(
         fail("approximate", "'none' or 'tanh'", repr(approximate))
     if output_mask < 0 or output_mask >> 10:
         fail("output_mask", "bits 0 to 9", output_mask)
-    if c == 0 or c % 8 or k == 0 or k % 8:
-        fail("fc1_weight", "channels in multiples of 8", f"C = {c} and K = {k}")
+    launch.check_mlp(_OPERATOR, z, fc1_weight)

@@ -437,7 +437,10 @@ class MlpBackward:
         if not fc1 and not fc2:
             return
         # Small weights have many splits: small tiles of them, for many programs. Larger ones make ptxas spill.
-        block_k, block_c = 8, 64 if c >= 256 else 32
+        block_k, block_c, warps = 8, 64 if c >= 256 else 32, 4
+        # A column for each thread at least. Where threads share one, all load its parts and one of them stores the
+        # gradient, to the same address where the gradient is its own parts: others may not have loaded yet.
+        columns = max(32 * warps, min(512, launch.next_power_of_2(k)))
         tiles_k = launch.tiles_of(k, block_k)
         fc1_tiles = tiles_k * launch.tiles_of(c, block_c) if fc1 else 0
         norm_weight_parts = None if norm_weight is None else self.new(tiles_k, c)
@@ -467,8 +470,8 @@ class MlpBackward:
             FC1_TILES=fc1_tiles,
             BLOCK_K=block_k,
             BLOCK_C=block_c,
-            COLUMNS=min(512, launch.next_power_of_2(k)),
-            num_warps=4,
+            COLUMNS=columns,
+            num_warps=warps,
         )
         of_parts = (norm_weight_parts, norm_weight), (norm_bias_parts, norm_bias)
         sum_partials(*(pair for pair in of_parts if pair[1] is not None))

@@ -44,7 +44,7 @@ def _hidden_default(problem: config.Problem, block_n: int = 128) -> config.Confi
 
 def _weight_default(problem: config.Problem) -> config.Config:
     if problem.dtype.itemsize == 4:
-        blocks = {"BLOCK_P": 64, "BLOCK_Q0": 64, "BLOCK_Q1": 0, "BLOCK_R": 16}
+        blocks = {"BLOCK_P": 64, "BLOCK_Q0": 64, "BLOCK_Q1": 0, "BLOCK_R": 32}
         return config.Config(blocks, num_warps=8, num_stages=2)
     q0, q1 = launch.column_pieces(problem.channels)
     if q0 + q1 > (192 if _asynchronous(problem) else 128):

@@ -9,7 +9,7 @@ and E the bytes of an element in the counts below; what other tiles have brought
 import triton
 import triton.language as tl
 
-from .device import gelu_and_derivative, live_rows, row_position, tile_order
+from .device import add_product, gelu_and_derivative, live_rows, row_position, tile_order
 
 __all__ = [
     "add_sums",
@@ -94,10 +94,10 @@ def hidden_gradients_kernel(
             channel = c + tl.arange(0, BLOCK_C)
             if hat is not None:
                 weight = load_weight(fc1_weight, column, channel, K, C, EVEN_K and EVEN_C)
-                h = tl.dot(load_tile(hat, near, channel, C, EVEN_C), weight.T, h, input_precision="ieee")
+                h = add_product(h, load_tile(hat, near, channel, C, EVEN_C), weight.T)
             if u is not None:
                 weight = load_weight(fc2_weight, channel, column, C, K, EVEN_K and EVEN_C)
-                dg = tl.dot(load_tile(u, near, channel, C, EVEN_C), weight, dg, input_precision="ieee")
+                dg = add_product(dg, load_tile(u, near, channel, C, EVEN_C), weight)
 
     if kept is not None:
         _, position = row_position(first + near, order, rows_per_sample)
@@ -208,9 +208,9 @@ def weight_gradient_kernel(
     for r in range(begin, end, BLOCK_R):
         row = r + tl.arange(0, BLOCK_R)
         x = _load_rows(wide, row, p, end, P, EVEN_P).T
-        sums0 = tl.dot(x, _load_rows(narrow, row, q0, end, Q, EVEN_Q), sums0, input_precision="ieee")
+        sums0 = add_product(sums0, x, _load_rows(narrow, row, q0, end, Q, EVEN_Q))
         if BLOCK_Q1 > 0:
-            sums1 = tl.dot(x, _load_rows(narrow, row, q1, end, Q, EVEN_Q), sums1, input_precision="ieee")
+            sums1 = add_product(sums1, x, _load_rows(narrow, row, q1, end, Q, EVEN_Q))
 
     place = split.to(tl.int64) * (P * Q)
     if BLOCK_Q1 == 0:
@@ -250,7 +250,7 @@ def input_gradient_kernel(
         hidden = k + tl.arange(0, BLOCK_K)
         gradient = load_tile(dh, near, hidden, K, EVEN_K)
         columns = load_weight(weight, hidden, column, K, C, EVEN_K and EVEN_C)
-        sums = tl.dot(gradient, columns, sums, input_precision="ieee")
+        sums = add_product(sums, gradient, columns)
     if weight_factor is not None:
         sums *= tl.load(weight_factor)
     mask = (row < live)[:, None] & (column < C)[None, :]

@@ -6,7 +6,7 @@ The counts are in the terms of mlp_backward_products.py; E_grad is the bytes of 
 import triton
 import triton.language as tl
 
-from .device import gelu_and_derivative, live_rows, row_position
+from .device import add_product, gelu_and_derivative, live_rows, row_position
 from .epilogue import halves
 from .mlp_backward_products import add_sums, load_tile, load_weight
 
@@ -120,10 +120,10 @@ def norm_gradient_kernel(
         hidden = k + tl.arange(0, BLOCK_K)
         gradient = load_tile(dh, near, hidden, K, EVEN_K)
         columns = load_weight(weight, hidden, c0, K, C, EVEN_K and EVEN_0)
-        s0 = tl.dot(gradient, columns, s0, input_precision="ieee")
+        s0 = add_product(s0, gradient, columns)
         if C1 > 0:
             columns = load_weight(weight, hidden, c1, K, C, EVEN_K and EVEN_1)
-            s1 = tl.dot(gradient, columns, s1, input_precision="ieee")
+            s1 = add_product(s1, gradient, columns)
 
     _, position = row_position(first + near, order, rows_per_sample)
     inside = (row < live)[:, None]
@@ -244,13 +244,13 @@ def row_gradients_kernel(
         if C1 > 0:
             first1 = load_weight(fc1_weight, hidden, c1, K, C, EVEN_K and EVEN_1)
             second1 = load_weight(fc2_weight, c1, hidden, C, K, EVEN_K and EVEN_1)
-            dg = tl.dot(u1, second1, dg, input_precision="ieee")
+            dg = add_product(dg, u1, second1)
         if kept is not None:
             h = load_tile(kept, position, hidden, K, EVEN_K).to(tl.float32)
         else:
             h = tl.dot(hat0, first0.T, input_precision="ieee")
             if C1 > 0:
-                h = tl.dot(hat1, first1.T, h, input_precision="ieee")
+                h = add_product(h, hat1, first1.T)
             if fc1_factor is not None:
                 h *= tl.load(fc1_factor)
             if fc1_bias is not None:
@@ -270,9 +270,9 @@ def row_gradients_kernel(
         rounded = gradient.to(z.dtype.element_ty)
         if dh is not None:
             tl.store(dh + out, rounded, mask=mask)
-        s0 = tl.dot(rounded, first0, s0, input_precision="ieee")
+        s0 = add_product(s0, rounded, first0)
         if C1 > 0:
-            s1 = tl.dot(rounded, first1, s1, input_precision="ieee")
+            s1 = add_product(s1, rounded, first1)
 
     # Rows and what belongs to them are found anew, not kept in registers: the grid's second dimension has one program,
     # which the compiler does not know.

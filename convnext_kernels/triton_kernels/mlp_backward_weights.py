@@ -191,7 +191,8 @@ def parameter_gradients_kernel(
 
     dW2_j = layer_scale_j G_j,  db2_j = layer_scale_j sum u_j,  dlayer_scale_j = W2_j . G_j + b2_j sum u_j.
 
-    What is not needed may be None, and FC1_TILES 0; all sums are fp32. A gradient may be its parts, of one split.
+    What is not needed may be None, and FC1_TILES 0; all sums are fp32. A gradient may be its parts, of one split: no
+    two threads may have the same element then, so COLUMNS and BLOCK_K * BLOCK_C are no less than the threads.
     4 C K (splits + 2) bytes for each of the weights.
     """
     program = tl.program_id(0)

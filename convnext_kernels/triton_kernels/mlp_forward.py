@@ -85,8 +85,8 @@ def _product(m: int, n: int, k: int, programs: int, tma: bool, warps: int, stage
 
 
 def _default_fc1(problem: config.Problem) -> config.Config:
-    if problem.dtype.itemsize == 4:
-        return _product(64, 64, 32, 2, False, 8, 2)
+    if problem.dtype.itemsize == 4:  # a depth of 32 takes more registers than two blocks have
+        return _product(64, 64, 16, 2, False, 8, 2)
     if problem.chip in _HOPPER_AND_LATER:
         return _product(128, 128, 64, 2, True, 8, 3)
     return _product(128, 128, 32, 2, False, 8, 3)
@@ -110,8 +110,8 @@ def _fused_candidates(problem: config.Problem) -> Iterator[config.Config]:
 
 def _product_candidates(problem: config.Problem) -> Iterator[config.Config]:
     if problem.dtype.itemsize == 4:
-        yield _product(64, 64, 32, 2, False, 8, 2)
-        yield _product(128, 64, 16, 2, False, 8, 2)
+        for m, k, stages in ((64, 16, 2), (64, 32, 3), (128, 16, 2)):
+            yield _product(m, 64, k, 2, False, 8, stages)
         return
     for tma in (False, True) if problem.chip >= 90 else (False,):
         for m, n, k, programs, warps, stages in (
@@ -147,10 +147,7 @@ config.declare("mlp_fc2", default=_default_fc2, candidates=_product_candidates)
 
 def why_not(operator: str, *arguments: Any) -> str | None:
     """Why these arguments cannot be taken, dtype and device apart; None where they can."""
-    channels, hidden = arguments[0].shape[-1], arguments[4].shape[0]
-    if channels % 8 or hidden % 8:
-        return f"{operator} in Triton takes channels in multiples of 8, not C = {channels} with K = {hidden}"
-    return None
+    return launch.why_not_mlp(operator, arguments[0], arguments[4])
 
 
 def _check(
@@ -215,9 +212,7 @@ def layer_norm_mlp(
             "sample_scale": (sample_scale, z.shape[:1]),
         },
     )
-    reason = why_not("layer_norm_mlp", z, residual, norm_weight, norm_bias, fc1_weight)
-    if reason is not None:
-        raise RuntimeError(reason)
+    launch.check_mlp("layer_norm_mlp", z, fc1_weight)
     if (grn_weight is None) != (grn_bias is None):
         launch.fail("layer_norm_mlp", "grn_weight", "both of grn_weight and grn_bias, or neither", "one")
 
@@ -239,7 +234,7 @@ def layer_norm_mlp(
                 sample_scale=sample_scale,
                 order=(None, None) if sample_scale is None else launch.sample_order(sample_scale),
                 eps=float(eps),
-                math={"C": channels, "K": hidden_columns, "PRECISION": "ieee"},
+                math={"C": channels, "K": hidden_columns},
                 gelu={"TANH": approximate == "tanh", "CHEAP": z.dtype != torch.float32},
                 y=y,
                 mean=mean,

@@ -15,7 +15,7 @@ those sums; then `fused_kernel` computes the hidden columns again. That is one p
 import triton
 import triton.language as tl
 
-from .device import gelu, load_columns, row_position, row_statistics, tile_rows
+from .device import add_product, gelu, load_columns, row_position, row_statistics, tile_rows
 from .epilogue import store_branch, store_sum
 from .grn import store_squares
 
@@ -99,12 +99,12 @@ def _load_fc2(
 @triton.jit
 def _hidden_columns(
     a0, a1, fc1_weight, fc1_bias, k,
-    C: tl.constexpr, K: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """LayerNorm(z) W1^T + b1 at hidden columns k, fp32."""
-    h = tl.dot(a0, _load_fc1(fc1_weight, k, C, K, 0, C0, EVEN_K), input_precision=PRECISION)
+    h = tl.dot(a0, _load_fc1(fc1_weight, k, C, K, 0, C0, EVEN_K), input_precision="ieee")
     if C1 > 0:
-        h = tl.dot(a1, _load_fc1(fc1_weight, k, C, K, C0, C1, EVEN_K), h, input_precision=PRECISION)
+        h = add_product(h, a1, _load_fc1(fc1_weight, k, C, K, C0, C1, EVEN_K))
     if fc1_bias is not None:
         if EVEN_K:
             bias = tl.load(fc1_bias + k)
@@ -138,7 +138,7 @@ def fused_kernel(
     z, residual, norm_weight, norm_bias, fc1_weight, fc1_bias, factors, grn_bias, fc2_weight, fc2_bias, layer_scale,
     sample_scale, order, y, mean, rstd, hidden, rows, rows_per_sample, eps,
     C: tl.constexpr, K: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    TANH: tl.constexpr, CHEAP: tl.constexpr, PRECISION: tl.constexpr, PER_SAMPLE: tl.constexpr,
+    TANH: tl.constexpr, CHEAP: tl.constexpr, PER_SAMPLE: tl.constexpr,
 ):  # fmt: skip
     """A program takes a tile of BLOCK_M rows. Grid: launch.row_tiles(rows, rows_per_sample, BLOCK_M, PER_SAMPLE).
 
@@ -165,7 +165,7 @@ def fused_kernel(
         rank = row // rows_per_sample
         for first in range(0, K, BLOCK_K):
             k = first + tl.arange(0, BLOCK_K)
-            h = _hidden_columns(a0, a1, fc1_weight, fc1_bias, k, C, K, C0, C1, EVEN_K, PRECISION)
+            h = _hidden_columns(a0, a1, fc1_weight, fc1_bias, k, C, K, C0, C1, EVEN_K)
             if hidden is not None:
                 mask = inside[:, None]
                 if not EVEN_K:
@@ -184,9 +184,9 @@ def fused_kernel(
                     factor = tl.load(pointers, mask=(k < K)[None, :], other=0.0)
                 g = g * factor + tl.load(grn_bias + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
             g = g.to(z.dtype.element_ty)
-            acc0 = tl.dot(g, _load_fc2(fc2_weight, k, C, K, 0, C0, EVEN_K), acc0, input_precision=PRECISION)
+            acc0 = add_product(acc0, g, _load_fc2(fc2_weight, k, C, K, 0, C0, EVEN_K))
             if C1 > 0:
-                acc1 = tl.dot(g, _load_fc2(fc2_weight, k, C, K, C0, C1, EVEN_K), acc1, input_precision=PRECISION)
+                acc1 = add_product(acc1, g, _load_fc2(fc2_weight, k, C, K, C0, C1, EVEN_K))
 
         store_branch(acc0, y, residual, fc2_bias, layer_scale, scale, position, inside, 0, C, C0, C0 > C)
         if C1 > 0:
@@ -199,7 +199,7 @@ def fused_kernel(
 def squares_kernel(
     z, norm_weight, norm_bias, fc1_weight, fc1_bias, live_count, order, partials, rows, rows_per_sample, eps,
     C: tl.constexpr, K: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    TANH: tl.constexpr, CHEAP: tl.constexpr, PRECISION: tl.constexpr, PER_SAMPLE: tl.constexpr, IMAGES: tl.constexpr,
+    TANH: tl.constexpr, CHEAP: tl.constexpr, PER_SAMPLE: tl.constexpr, IMAGES: tl.constexpr,
 ):  # fmt: skip
     """GRN's sums of squares, without writing what they are of. Grid as fused_kernel's; partials: grn.partials_shape."""
     EVEN_K: tl.constexpr = K % BLOCK_K == 0
@@ -215,6 +215,6 @@ def squares_kernel(
         a0, a1, _, _ = _layer_norm(z, position, inside, norm_weight, norm_bias, eps, C, C0, C1)
         for first in range(0, K, BLOCK_K):
             k = first + tl.arange(0, BLOCK_K)
-            h = _hidden_columns(a0, a1, fc1_weight, fc1_bias, k, C, K, C0, C1, EVEN_K, PRECISION)
+            h = _hidden_columns(a0, a1, fc1_weight, fc1_bias, k, C, K, C0, C1, EVEN_K)
             g = gelu(h, TANH, CHEAP)
             store_squares(partials, g, row, inside, tile, k, rows_per_sample, K, BLOCK_M, IMAGES, PER_SAMPLE)

@@ -23,7 +23,7 @@ Rows are those of `order` (launch.sample_order), packed: rows of dropped samples
 import triton
 import triton.language as tl
 
-from .device import gelu, live_rows, load_columns, row_position, row_statistics, tile_order, tile_rows
+from .device import add_product, gelu, live_rows, load_columns, row_position, row_statistics, tile_order, tile_rows
 from .epilogue import halves, store_branch
 from .grn import store_squares
 
@@ -160,8 +160,8 @@ def _activate(
 def fc1_kernel(
     a, weight, bias, g, hidden, partials, live_count, order, first_row, rows, rows_per_sample,
     C: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr, TANH: tl.constexpr, CHEAP: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-    PER_SAMPLE: tl.constexpr, IMAGES: tl.constexpr,
+    GROUP: tl.constexpr, TANH: tl.constexpr, CHEAP: tl.constexpr, TMA: tl.constexpr, PER_SAMPLE: tl.constexpr,
+    IMAGES: tl.constexpr,
 ):  # fmt: skip
     """g = GELU(a weight^T + bias): a (rows, C) and g (rows, K) packed, weight (K, C).
 
@@ -181,7 +181,7 @@ def fc1_kernel(
         for c in range(0, C, BLOCK_K):
             rows_tile = _load_tile(a, first, c, rows, C, BLOCK_M, BLOCK_K, TMA, False)
             columns_tile = _load_tile(weight, column_tile * BLOCK_N, c, K, C, BLOCK_N, BLOCK_K, TMA, K % BLOCK_N == 0)
-            acc = tl.dot(rows_tile, tl.trans(columns_tile), acc, input_precision=PRECISION)
+            acc = add_product(acc, rows_tile, tl.trans(columns_tile))
         position = None
         if hidden is not None:
             _, position = row_position(first_row + row, order, rows_per_sample)
@@ -196,7 +196,7 @@ def fc2_kernel(
     g, residual, factors, grn_bias, weight, bias, layer_scale, sample_scale, live_count, order, y,
     first_row, rows, rows_per_sample,
     C: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, PER_SAMPLE: tl.constexpr,
+    GROUP: tl.constexpr, TMA: tl.constexpr, PER_SAMPLE: tl.constexpr,
 ):  # fmt: skip
     """y = residual + scale * layer_scale * ((g * factors + grn_bias) weight^T + bias); g (rows, K), weight (C, K).
 
@@ -226,7 +226,7 @@ def fc2_kernel(
                     factor = tl.load(factors + image[:, None] * K + columns[None, :], mask=there, other=0.0)
                 scaled = rows_tile.to(tl.float32) * factor + load_columns(grn_bias, k, BLOCK_K, K)
                 rows_tile = scaled.to(rows_tile.dtype)
-            acc = tl.dot(rows_tile, tl.trans(columns_tile), acc, input_precision=PRECISION)
+            acc = add_product(acc, rows_tile, tl.trans(columns_tile))
         sample, position = row_position(first_row + row, order, rows_per_sample)
         scale = None
         if sample_scale is not None:
