@@ -118,10 +118,13 @@ def device(request):
             yield request.param
 
 
-@pytest.fixture(scope="module")
-def one_thread():
+def _with_one_thread():
     """For small tensors, on machines that do other things too: threads would wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+one_thread = pytest.fixture(_with_one_thread, scope="module", name="one_thread")
+one_thread_a_test = pytest.fixture(_with_one_thread, name="one_thread_a_test")

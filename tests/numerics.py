@@ -38,3 +38,21 @@ def assert_close(ours, theirs, truth, name="", unit=None):
         assert got <= allowed, (
             f"{name}: {kind} error {got:.2e}, allowed {allowed:.2e} (PyTorch {measure(theirs_error):.2e})"
         )
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """Scales the gradient and leaves the value alone."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor, None
+
+
+def scale_gradient(y, factor):
+    """`y`, with a gradient that is wrong by a factor: a planted bug."""
+    return _ScaledGradient.apply(y, factor)

@@ -348,9 +348,7 @@ def test_fp16_products_with_fp16_sums(gpu, monkeypatch):
         grad, z = torch.zeros(2, 8), torch.zeros(2, 8, dtype=dtype)
         assert gpu("layer_norm_mlp_backward", grad, z).backend == expected
         assert gpu("layer_norm_mlp", z, None).backend == "cuda"
-    with pytest.raises(
-        RuntimeError, match="'cuda' is forced, but PyTorch has no fp16 products with fp32 res"
-    ):
+    with pytest.raises(RuntimeError, match="'cuda' is forced, but PyTorch has no fp16 products with fp32 res"):
         gpu("layer_norm_mlp_backward", grad, z.half(), forced="cuda")
 
 

@@ -298,43 +298,27 @@ def convnext_block(
     )[0]
 
 
-def mlp_parameters(
-    operator: str,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    grn_weight: Tensor | None,
-    grn_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    layer_scale: Tensor | None,
-) -> dict[str, Tensor | None]:
-    """A block's parameters as layer_norm_mlp takes them, by name and in order."""
-    # What is reshaped here; the rest is checked with the sizes.
-    for argument, value in (("fc1_weight", fc1_weight), ("fc2_weight", fc2_weight)):
-        arguments.check_tensor(operator, argument, value)
-    for argument, value in (("grn_weight", grn_weight), ("grn_bias", grn_bias), ("layer_scale", layer_scale)):
-        if value is not None:
-            arguments.check_tensor(operator, argument, value)
-    return {
-        "norm_weight": norm_weight,
-        "norm_bias": norm_bias,
-        "fc1_weight": _matrix(fc1_weight),
-        "fc1_bias": fc1_bias,
-        "grn_weight": _vector(grn_weight),
-        "grn_bias": _vector(grn_bias),
-        "fc2_weight": _matrix(fc2_weight),
-        "fc2_bias": fc2_bias,
-        "layer_scale": _vector(layer_scale),
-    }
+_MLP_PARAMETERS = (
+    *("norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "grn_weight", "grn_bias", "fc2_weight", "fc2_bias"),
+    "layer_scale",
+)
+_MATRICES, _VECTORS = ("fc1_weight", "fc2_weight"), ("grn_weight", "grn_bias", "layer_scale")
+
+
+def mlp_parameters(operator: str, *parameters: Tensor | None) -> dict[str, Tensor | None]:
+    """A block's parameters, from norm_weight to layer_scale, as layer_norm_mlp takes them: by name and in order."""
+    named = dict(zip(_MLP_PARAMETERS, parameters, strict=True))
+    # What is reshaped is checked here; the rest with the sizes.
+    for name in _MATRICES:
+        arguments.check_tensor(operator, name, named[name])
+        named[name] = _matrix(named[name])
+    for name in _VECTORS:
+        if named[name] is not None:
+            arguments.check_tensor(operator, name, named[name])
+            named[name] = named[name].flatten()
+    return named
 
 
 def _matrix(weight: Tensor) -> Tensor:
     """(K, C) from a linear layer's weight or a 1x1 convolution's."""
     return weight.flatten(1) if weight.dim() == 4 and weight.shape[2:] == (1, 1) else weight
-
-
-def _vector(parameter: Tensor | None) -> Tensor | None:
-    """C values from a parameter shaped (C,), (C, 1, 1) or (1, 1, 1, C)."""
-    return parameter if parameter is None or parameter.dim() == 1 else parameter.flatten()
