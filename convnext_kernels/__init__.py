@@ -5,6 +5,7 @@ The main names::
     FusedConvNeXtBlock     the drop-in block (V1, and V2 with use_grn=True)
     fuse, unfuse           swap the blocks of a timm, torchvision, transformers or official ConvNeXt in place, and back
     fusion_report          block by block: what was fused, and why not
+    FCMAE                  masked pretraining of such a model; VisiblePatches, what its blocks run on
     use_backend            force a backend inside a `with` block
 
 and the operators the block is made of: depthwise_conv2d, layer_norm, bias_gelu, layer_norm_mlp, convnext_block.
