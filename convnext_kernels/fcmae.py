@@ -119,6 +119,7 @@ class FCMAE(nn.Module):
         grid = (height // self.stride, width // self.stride)
         if mask is None:
             visible = VisiblePatches.random(n, grid, self.mask_ratio, device=images.device)
+            mask = visible.mask
         else:
             visible = VisiblePatches.from_mask(mask)
             if mask.shape != (n, *grid):
@@ -126,8 +127,8 @@ class FCMAE(nn.Module):
             arguments.check_device("FCMAE", images, mask=mask)
             if visible.index.shape[1] == grid[0] * grid[1]:
                 arguments.wrong_value("FCMAE", "mask", "some patches of every image masked", "none")
-        prediction = self.decode(self.encode(images, visible), visible)
-        return FCMAEOutput(self.loss(images, prediction, visible.mask), prediction, visible.mask)
+        prediction = self.decode(self.encode(images, visible), mask)
+        return FCMAEOutput(self.loss(images, prediction, mask), prediction, mask)
 
     def encode(self, images: Tensor, visible: VisiblePatches) -> Tensor:
         """The encoder's features of the visible patches, (N, C, rows, columns); 0 where it is masked."""
@@ -143,10 +144,13 @@ class FCMAE(nn.Module):
                 x = step(x)
         return visible.unpack(x)
 
-    def decode(self, features: Tensor, visible: VisiblePatches) -> Tensor:
-        """The predicted pixels, (N, stride^2 * image_channels, rows, columns), of the encoder's features."""
+    def decode(self, features: Tensor, mask: Tensor) -> Tensor:
+        """The predicted pixels, (N, stride^2 * image_channels, rows, columns), of the encoder's features.
+
+        mask: (N, rows, columns), bool, True where a patch is masked.
+        """
         x = self.proj(features)
-        x = torch.where(visible.mask.unsqueeze(1), self.mask_token.to(x.dtype), x)
+        x = torch.where(mask.unsqueeze(1), self.mask_token.to(x.dtype), x)
         return self.pred(self.decoder(x))
 
     def loss(self, images: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:

@@ -309,6 +309,9 @@ def test_gradients_have_the_parameters_strides(format):
     block = ck.FusedConvNeXtBlock(8).to(memory_format=format)
     block(torch.randn(2, 8, 6, 6)).sum().backward()
     assert all(p.grad.stride() == p.stride() for p in block.parameters())
+    block.zero_grad()
+    ck.depthwise_conv2d(torch.randn(2, 8, 6, 6), block.dwconv.weight).sum().backward()
+    assert block.dwconv.weight.grad.stride() == block.dwconv.weight.stride()
 
 
 def test_deepcopy_pickle_and_save():

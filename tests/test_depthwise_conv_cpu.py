@@ -31,13 +31,8 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors, on which threads only wait. One test compares the bits for several numbers of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# Threads only wait on small tensors. One test compares the bits for several numbers of them.
+pytestmark = pytest.mark.usefixtures("one_thread_a_test")
 
 
 def channels_last(*shape, dtype=torch.float32):

@@ -17,7 +17,7 @@ from .. import backends
 from ..reference_backend import accumulation_dtype
 from . import _arguments as arguments
 from ._registration import composed, dense_channels_last, differentiate, differentiate_once, fake
-from .depthwise_conv import check_convolution
+from .depthwise_conv import check_convolution, strided_as
 from .mlp import branch_dtype, check_mlp, mask_of, parameter_grads
 
 __all__ = ["ConvNeXtBlockFunction", "convnext_block"]
@@ -191,19 +191,13 @@ class ConvNeXtBlockFunction(torch.autograd.Function):
             dparameters[:2] = [_sum(total, more) for total, more in zip(dparameters[:2], from_z, strict=True)]
         if grad_x_copy is not None and x.dtype != ctx.x_dtype:
             dx = _sum(dx, grad_x_copy.to(ctx.x_dtype))
-        dparameters[0] = _strided_as(conv_weight, dparameters[0])
+        if needs[0] and dparameters[0] is not None:
+            dparameters[0] = strided_as(conv_weight, dparameters[0])
         return (
             dx if needs_x else None,
             *parameter_grads(parameters, dparameters, needs),
             *(None,) * ctx.not_differentiable,
         )
-
-
-def _strided_as(weight: Tensor, grad: Tensor | None) -> Tensor | None:
-    """`grad`, which is dense, with the strides of a channels-last (C, 1, k, k) weight: the same memory."""
-    if grad is None or grad.shape != weight.shape or grad.stride() == weight.stride():
-        return grad
-    return grad.as_strided(grad.shape, weight.stride()) if weight.permute(0, 2, 3, 1).is_contiguous() else grad
 
 
 def _sum(total: Tensor | None, more: Tensor) -> Tensor:

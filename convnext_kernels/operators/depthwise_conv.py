@@ -56,6 +56,16 @@ def _(grad: Tensor, x: Tensor, kernel_size: int, stride: int, sample_scale: Tens
     return x.new_empty((c, 1, kernel_size, kernel_size), dtype=dtype), x.new_empty((c,), dtype=dtype)
 
 
+def strided_as(weight: Tensor, grad: Tensor) -> Tensor:
+    """`grad`, which is dense, with the strides of a channels-last (C, 1, k, k) weight: the same memory.
+
+    DistributedDataParallel compares a gradient's with its parameter's.
+    """
+    if grad.stride() == weight.stride() or not weight.permute(0, 2, 3, 1).is_contiguous():
+        return grad
+    return grad.as_strided(grad.shape, weight.stride())
+
+
 class DepthwiseConv2dFunction(torch.autograd.Function):
     """Saves the input and the weight. Arguments are those of the raw operator."""
 
@@ -82,7 +92,7 @@ class DepthwiseConv2dFunction(torch.autograd.Function):
             dx = operators.depthwise_conv2d_input_grad(grad, weight, None, ctx.stride, padding, sample_scale)
         if needs_weight or needs_bias:
             dweight, dbias = operators.depthwise_conv2d_weight_grad(grad, x, weight.shape[-1], ctx.stride, sample_scale)
-            dweight = dweight.to(weight.dtype) if needs_weight else None
+            dweight = strided_as(weight, dweight.to(weight.dtype)) if needs_weight else None
             dbias = dbias.to(ctx.bias_dtype) if needs_bias else None
         return dx, dweight, dbias, None, None
 
@@ -117,7 +127,7 @@ class DepthwiseConv2dCastFunction(torch.autograd.Function):
         if needs_weight or needs_bias:
             size = weight.shape[-1]
             dweight, dbias = operators.depthwise_conv2d_weight_grad(grad, x_copy, size, 1, sample_scale)
-            dweight = dweight.to(weight.dtype) if needs_weight else None
+            dweight = strided_as(weight, dweight.to(weight.dtype)) if needs_weight else None
             dbias = dbias.to(ctx.bias_dtype) if needs_bias else None
         return dx, dweight, dbias, None, None
 
