@@ -373,6 +373,17 @@ def test_plan_with_cuda(bare_machine, source_tree, tmp_path):
     assert 'architectures[] = {"sm_90", nullptr}' in facts
 
 
+@pytest.mark.parametrize(("version", "flag"), [((12, 8), "-Xfatbin=-compress-all"), ((13, 0), "--compress-mode=size")])
+def test_device_code_is_compressed_as_the_toolkits_own_drivers_can_read_it(
+    bare_machine, source_tree, tmp_path, version, flag
+):
+    (source_tree / "csrc" / "room" / "cuda.cu").touch()
+    _fake_toolkit(tmp_path / "cuda", version=version)
+    plan = ninja_build.make_plan(source_tree, {"CUDA_HOME": str(tmp_path / "cuda"), **bare_machine}, search_path=[])
+    words = set(ninja_build.ninja_file(plan).split())
+    assert words & {"-Xfatbin=-compress-all", "--compress-mode=size"} == {flag}
+
+
 def test_a_toolkit_that_is_too_old_for_the_gpu_still_builds(bare_machine, source_tree, monkeypatch, tmp_path):
     """Where it is the only one: the compiler wheels could not be had, or the build is not isolated."""
     monkeypatch.setattr(toolchain, "gpus_present", lambda: ["12.0"])
