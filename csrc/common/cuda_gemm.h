@@ -10,7 +10,7 @@ inline void matmul_into_accumulation(const Tensor& result, const Tensor& a, cons
   if (a.scalar_type() == result.scalar_type()) return matmul_into(result, a, b);
   StableIValue stack[4] = {torch::stable::detail::from(a), torch::stable::detail::from(b),
                            torch::stable::detail::from(result.scalar_type()), torch::stable::detail::from(result)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "dtype_out", stack, TORCH_ABI_VERSION));
+  call_operator("aten::mm", "dtype_out", stack);
   torch::stable::detail::to<Tensor>(stack[0]);  // takes over the returned reference
 }
 

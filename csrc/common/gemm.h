@@ -19,7 +19,7 @@ inline Tensor rows_of(const Tensor& matrix, int64_t first, int64_t rows) {
 inline void matmul_into(const Tensor& result, const Tensor& a, const Tensor& b) {
   StableIValue stack[3] = {torch::stable::detail::from(a), torch::stable::detail::from(b),
                            torch::stable::detail::from(result)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
+  call_operator("aten::mm", "out", stack);
   torch::stable::detail::to<Tensor>(stack[0]);  // takes over the returned reference
 }
 
@@ -28,7 +28,7 @@ inline void linear_into(const Tensor& result, const Tensor& x, const Tensor& wei
   if (!bias) return matmul_into(result, x, transposed(weight));
   StableIValue stack[4] = {torch::stable::detail::from(x), torch::stable::detail::from(weight),
                            torch::stable::detail::from(bias), torch::stable::detail::from(result)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack, TORCH_ABI_VERSION));
+  call_operator("aten::linear", "out", stack);
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 

@@ -39,6 +39,16 @@ inline std::string describe(torch::headeronly::IntHeaderOnlyArrayRef numbers) {
                            expected + ", got " + got);
 }
 
+// Calls an operator of PyTorch's: takes its arguments from `stack` and leaves its results there.
+inline void call_operator(const char* name, const char* overload, StableIValue* stack) {
+#ifdef STABLE_TORCH_ERROR_CODE_CHECK  // raises with PyTorch's own message; the headers of 2.11 have none
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION));
+#else
+  if (torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION) != TORCH_SUCCESS)
+    throw std::runtime_error(std::string("convnext_kernels: PyTorch's ") + name + " failed; PyTorch has logged why");
+#endif
+}
+
 inline bool is_supported(ScalarType type) {
   return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
          type == ScalarType::BFloat16;

@@ -19,7 +19,7 @@ inline Tensor onednn_linear(const Tensor& x, const Tensor& weight, const Optiona
   using torch::stable::detail::from;
   const std::vector<double> no_scalars;
   StableIValue stack[6] = {from(x), from(weight), from(bias), from(activation), from(no_scalars), from(algorithm)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("mkldnn::_linear_pointwise", "", stack, TORCH_ABI_VERSION));
+  call_operator("mkldnn::_linear_pointwise", "", stack);
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
