@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .cases import PRECISIONS, Case
-from .timing import Ceilings, Quantiles, Race, Runner, quantiles, race, ratios
+from .timing import Ceilings, Lane, Quantiles, Race, Runner, lane_of, quantiles, race, ratios
 
 #: The relative RMS error against fp64 that a result may have. Where PyTorch itself is further off in the same mode, the
 #: allowance is twice its error.
@@ -111,14 +111,15 @@ def compare(
     torch._dynamo.reset()  # each case compiles afresh; compiled code of earlier ones counts as a recompilation
     outcomes = {provider.name: Outcome() for provider in providers}
     runners: dict[str, CheckedRunner] = {}
+    lanes: dict[str, Lane] = {}
     for provider in providers:
         outcome = outcomes[provider.name]
         runner = None
         try:
             runner = provider.build(case, device)
             outcome.info["relative_error"] = check(runner, case, provider.kind)
-            if not runner.prepares:
-                runner.run(0)  # what does not fit into memory fails here, and the others are timed without it
+            # What does not fit into memory or a graph fails here, and the others are timed without it.
+            lanes[provider.name] = lane_of(runner, device)
             runners[provider.name] = runner
         except Unavailable as reason:
             outcome.skipped = str(reason)
@@ -136,7 +137,7 @@ def compare(
             _free_memory(device)
     gc.collect()
     if runners:
-        times = race(runners, device, seconds)
+        times = race(lanes, device, seconds)
         for provider in providers:
             if provider.name in runners:
                 outcome = outcomes[provider.name]
@@ -147,6 +148,7 @@ def compare(
         images = {name: runner.images for name, runner in runners.items()}
         _add_ratios(kinds, images, times, outcomes)
     runners.clear()
+    lanes.clear()
     _free_memory(device)
     return outcomes
 

@@ -104,14 +104,17 @@ class _Session:
                 for item in items
                 if getattr(item, "callspec", None) and item.callspec.params.get("case") == case
             ]
-            self._case = case
+            self._case, self._outcomes = case, {}
             budget = self._config.getoption("--budget")
             if budget is not None and time.monotonic() - self._start > budget:
                 late = Outcome(skipped=f"the budget of {budget:g} s ended before this case")
                 self._outcomes = {each.name: late for each in providers}
             else:
                 seconds = self._config.getoption("--seconds")
-                self._outcomes = compare(case, providers, self.device, self.ceilings, seconds)
+                try:
+                    self._outcomes = compare(case, providers, self.device, self.ceilings, seconds)
+                except Exception as error:  # of the device, say: it is no single provider's, and each says so
+                    self._outcomes = {each.name: Outcome(error=error) for each in providers}
         return self._outcomes[provider.name]
 
     def facts(self) -> dict[str, Any]:

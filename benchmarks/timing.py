@@ -60,17 +60,16 @@ class Race:
     clock: str  # host, events, graph
 
 
-def race(runners: dict[str, Runner], device: torch.device, seconds: float) -> Race:
-    """Runs all in turns, starting each round with another one, for `seconds` a runner and a least number of rounds.
+def race(lanes: dict[str, Lane], device: torch.device, seconds: float) -> Race:
+    """Runs all in turns, starting each round with another one, for `seconds` a lane and a least number of rounds.
 
     On CUDA a round is timed with events on the stream, and nothing waits for the device until the round is over.
     """
     gc.collect()
-    lanes = {name: _lane(runner, device) for name, runner in runners.items()}
-    samples: dict[str, list[float]] = {name: [] for name in runners}
-    names = list(runners)
+    samples: dict[str, list[float]] = {name: [] for name in lanes}
+    names = list(lanes)
     start, rounds = time.perf_counter(), 0
-    least_rounds = min(runner.least_rounds for runner in runners.values())
+    least_rounds = min(lane.least_rounds for lane in lanes.values())
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -91,12 +90,13 @@ def race(runners: dict[str, Runner], device: torch.device, seconds: float) -> Ra
 
 
 @dataclass
-class _Lane:
+class Lane:
     """A runner on the track: `sample` runs `calls` calls and promises their seconds a call."""
 
     sample: Callable[[], Callable[[], float]]
     calls: int
     clock: str
+    least_rounds: int
 
 
 def _synchronize(device: torch.device) -> None:
@@ -104,8 +104,9 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _lane(runner: Runner, device: torch.device) -> _Lane:
-    count = 0
+def lane_of(runner: Runner, device: torch.device) -> Lane:
+    """The runner warmed up, its calls in a sample counted, and captured where it may be."""
+    count, least_rounds = 0, runner.least_rounds
 
     def once() -> float:
         nonlocal count
@@ -118,7 +119,7 @@ def _lane(runner: Runner, device: torch.device) -> _Lane:
         return time.perf_counter() - start
 
     if runner.prepares:
-        return _Lane(lambda: (lambda seconds: lambda: seconds)(once()), 1, "host")
+        return Lane(lambda: (lambda seconds: lambda: seconds)(once()), 1, "host", least_rounds)
     warm_up = [once()]
     while sum(warm_up) < WARM_UP_SECONDS and len(warm_up) < WARM_UP_CALLS:
         warm_up.append(once())
@@ -138,7 +139,7 @@ def _lane(runner: Runner, device: torch.device) -> _Lane:
             seconds = (time.perf_counter() - start) / calls
             return lambda: seconds
 
-        return _Lane(sample_on_host, calls, "host")
+        return Lane(sample_on_host, calls, "host", least_rounds)
 
     body, clock = repeat, "events"
     if runner.capturable:
@@ -155,7 +156,7 @@ def _lane(runner: Runner, device: torch.device) -> _Lane:
         end.record()
         return lambda: start.elapsed_time(end) / 1e3 / calls
 
-    return _Lane(sample_on_stream, calls, clock)
+    return Lane(sample_on_stream, calls, clock, least_rounds)
 
 
 def ratios(slower: list[float], faster: list[float]) -> Quantiles:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import time
+import types
 
 import pytest
 import timm
@@ -19,6 +20,7 @@ from benchmark_suite import (
     cases,
     compare,
     comparison,
+    conftest,
     experiments,
     models,
     providers,
@@ -58,7 +60,8 @@ class Sleeper(timing.Runner):
 
 
 def test_a_race_measures_what_passes():
-    race = timing.race({"fast": Sleeper(0.02), "slow": Sleeper(0.06)}, CPU, 0.3)
+    lanes = {name: timing.lane_of(Sleeper(seconds), CPU) for name, seconds in (("fast", 0.02), ("slow", 0.06))}
+    race = timing.race(lanes, CPU, 0.3)
     assert timing.quantiles(race.samples["fast"]).median == pytest.approx(0.02, rel=0.3)
     assert timing.ratios(race.samples["slow"], race.samples["fast"]).median == pytest.approx(3, rel=0.3)
     assert len(race.samples["fast"]) == len(race.samples["slow"]) >= 5
@@ -164,6 +167,44 @@ def test_an_error_is_the_providers_own():
     with pytest.raises(RuntimeError, match="broken on purpose"):
         raise outcomes["broken"].error
     assert outcomes["honest"].samples
+
+
+def test_an_error_while_it_is_timed_is_the_providers_own():
+    """In the checks it still did what it should: a capture into a graph may fail after that."""
+
+    class Fails(providers.OperatorRunner):
+        def run(self, call):
+            raise RuntimeError("not permitted when stream is capturing")
+
+    broken = comparison.Provider(
+        "broken", "ours", lambda case, device: Fails(case, device, convnext_kernels.depthwise_conv2d)
+    )
+    outcomes = compare(SMALL, [broken, HONEST])
+    assert "capturing" in str(outcomes["broken"].error)
+    assert outcomes["honest"].samples
+
+
+def test_what_ends_a_case_is_each_providers_error(monkeypatch):
+    """And no figures of the case before stand for those of this one."""
+    options = {"--device": "cpu", "--budget": None, "--seconds": 0.0}
+    session = conftest._Session(types.SimpleNamespace(getoption=options.get))
+    session.ceilings = CEILINGS
+    first, second = SMALL, dataclasses.replace(SMALL, batch=3)
+    participants = [HONEST, operator_provider("other", "eager", unchanged)]
+    items = [
+        types.SimpleNamespace(callspec=types.SimpleNamespace(params={"case": case, "provider": provider}))
+        for case in (first, second)
+        for provider in participants
+    ]
+    assert all(session.outcome(first, provider, items).samples for provider in participants)
+
+    def fails(*_):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(comparison, "race", fails)
+    outcomes = [session.outcome(second, provider, items) for provider in participants]
+    assert [str(outcome.error) for outcome in outcomes] == ["an illegal memory access was encountered"] * 2
+    assert not any(outcome.samples for outcome in outcomes)
 
 
 @pytest.mark.parametrize(("kind", "skipped"), [("eager", True), ("ours", False)])
@@ -359,6 +400,17 @@ def test_cases_are_distinct_and_countable(device_type, full):
         made = make(device_type, full)
         assert len({case.group for case in made}) == len(made)
         assert all(case.work().bytes > 0 for case in made)
+
+
+def test_what_a_budget_leaves_out_of_the_operators_has_no_goal():
+    """A minute and a half on a GPU gets through the first third."""
+    first = [dataclasses.asdict(case) for case in cases.operator_cases("cuda", False)][:16]
+    assert {case["precision"] for case in first} == {"pure-bf16"}
+    for operator, task in (("depthwise_conv2d", "forward"), ("layer_norm_mlp", "forward"), ("layer_norm", "backward")):
+        stages = [
+            (case["channels"], case["side"]) for case in first if (case["operator"], case["task"]) == (operator, task)
+        ]
+        assert stages == list(cases.TINY_STAGES)
 
 
 def test_the_shapes_that_acceptance_asks_for_are_there():
