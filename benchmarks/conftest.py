@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import signal
 import statistics
 import subprocess
 import time
@@ -54,6 +55,16 @@ def pytest_configure(config: pytest.Config) -> None:
     if not any(argument.startswith("--benchmark-columns") for argument in config.invocation_params.args):
         config.option.benchmark_columns = _COLUMNS.split(",")
     config.stash[_STATE] = _Session(config)
+
+
+def pytest_sessionstart() -> None:
+    """What ends a run that takes too long is SIGTERM: as after Ctrl-C, what was measured by then is written."""
+
+    def interrupt(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends it twice, to the process and to its group
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -82,7 +82,8 @@ limited() {
     return 124
   fi
   echo "+ $*"
-  timeout --kill-after=5 "$left" "$@" 2>&1 | tee -a "$log"
+  # What has been measured is written once the time is up.
+  timeout --kill-after=10 "$left" "$@" 2>&1 | tee -a "$log"
 }
 
 install_package() {

@@ -334,3 +334,40 @@ def test_the_command_in_both_invocations(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert "0 of 1 ratios fell" in done.stdout
+
+
+# The second case sends the signal to the run's processes, twice, as `timeout` does, and never ends.
+ENDED = """
+import os, signal, time
+from benchmarks import conftest, timing
+
+compare = conftest.compare
+
+def compare_one(case, *rest):
+    if case.task == "backward":
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(100)
+    return compare(case, *rest)
+
+conftest.compare = compare_one
+conftest.measure_ceilings = lambda device: timing.Ceilings(1e9, {"torch.float32": 1e9})
+"""
+
+
+def test_a_run_that_is_ended_has_written_what_it_measured(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    (tmp_path / "ended.py").write_text(ENDED)
+    command = [sys.executable, "-m", "pytest", "benchmarks/test_operators.py", "--benchmark-only", "-p", "ended"]
+    command += ["-k", "bias_gelu and fp32 and 384x14", "--seconds", "0", "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    done = subprocess.run(
+        [*command, "--benchmark-json", str(tmp_path / "result.json")],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == pytest.ExitCode.INTERRUPTED, done.stdout + done.stderr
+    result = report.load(tmp_path / "result.json")
+    assert [(row["provider"], row["case"]["task"]) for row in result.rows] == [
+        ("ours", "forward"),
+        ("eager", "forward"),
+    ]
