@@ -7,8 +7,8 @@
 #   test       pytest -m gpu, without the Triton kernels' own tests, which compile for minutes: those are test-triton;
 #              and without compute-sanitizer, which takes minutes: that is sanitize. With pytest-xdist the tests run in
 #              several processes (WORKERS, default: one a core, 16 at most); with pytest-timeout one that hangs for 100
-#              seconds ends.
-#   verify     every operator of every backend against fp64
+#              seconds ends. The test of `tune` is left to the part of that name, which needs all cores for minutes.
+#   verify     every operator of every backend against fp64, in as many processes
 #   tune       the fastest configurations of the Triton kernels at the stages of ConvNeXt-T and -B, into OUT_DIR: what
 #              runs later with the same OUT_DIR runs with them
 #   bench      the fused block against eager PyTorch, in a minute
@@ -61,6 +61,7 @@ while [ $# -gt 0 ]; do
 done
 if [ ${#parts[@]} -eq 0 ] || [ -z "$out" ]; then usage; fi
 
+workers=${WORKERS:-$(($(nproc) < 16 ? $(nproc) : 16))}
 if ! capabilities=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null); then
   echo "qualify.sh: nvidia-smi finds no GPU: there is nothing to qualify here" >&2
   exit 2
@@ -104,7 +105,8 @@ run_tests() {
   local log=$1 options=()
   shift
   if "$python" -c 'import xdist' 2> /dev/null; then
-    options+=(-n "${WORKERS:-$(($(nproc) < 16 ? $(nproc) : 16))}" --dist worksteal)
+    options+=(-n "$workers" --dist worksteal)
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # else each of them starts as many threads as there are cores
   fi
   if "$python" -c 'import pytest_timeout' 2> /dev/null; then
     # A kernel that never ends keeps its process from hearing signals: the process ends itself.
@@ -127,7 +129,7 @@ run_part() {
     test)
       install_package "$part"
       run_tests "$out/test.log" tests --ignore-glob='tests/test_gpu_triton*' \
-        --ignore=tests/test_gpu_sanitizer.py
+        --ignore=tests/test_gpu_sanitizer.py --deselect=tests/test_tune.py::test_it_tunes_on_a_gpu
       ;;
     test-triton)
       install_package "$part"
@@ -149,7 +151,10 @@ run_part() {
     verify | bench)
       install_package "$part"
       : > "$out/$part.log"
-      (cd "$out" && limited "$out/$part.log" "$python" -m convnext_kernels "$part" --device cuda --json "$out/$part.json")
+      local jobs=()
+      if [ "$part" = verify ]; then jobs=(--jobs "$workers"); fi
+      (cd "$out" && limited "$out/$part.log" "$python" -m convnext_kernels "$part" --device cuda \
+        ${jobs[@]+"${jobs[@]}"} --json "$out/$part.json")
       ;;
     operators* | blocks* | models*)
       install_package "$part"

@@ -402,6 +402,43 @@ def test_verify_sees_bits_that_change_between_runs(monkeypatch, capsys):
     assert "a second run gave other bits" in capsys.readouterr().err
 
 
+def test_verify_goes_on_after_an_error_and_writes_as_it_goes(monkeypatch, capsys, tmp_path):
+    chosen = [case for case in verify.CASES if case.operator in ("layer_norm", "bias_gelu", "depthwise_conv2d")]
+    monkeypatch.setattr(verify, "CASES", tuple(sorted(chosen, key=lambda case: case.operator)))
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("PassManager::run failed")
+
+    monkeypatch.setattr(operators, "bias_gelu", fails)
+    assert main(["verify", "--device", "cpu", "--json", str(tmp_path / "verify.json")]) == 1
+    report = json.loads((tmp_path / "verify.json").read_text())
+    assert report["complete"] is True and report["ok"] is False
+    wrong = [row for row in report["results"] if not row["ok"]]
+    assert {(row["operator"], row["raised"]) for row in wrong} == {
+        ("bias_gelu", "RuntimeError: PassManager::run failed")
+    }
+    assert any(row["ok"] for row in report["results"])
+    assert "FAILED bias_gelu [cpu on cpu, fp64, 70x160 erf] none: RuntimeError: PassManager" in capsys.readouterr().err
+
+    # Ended in the midst of the last operator, it has written the others.
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(operators, "layer_norm", interrupted)
+    assert main(["verify", "--device", "cpu", "--json", str(tmp_path / "verify.json")]) == 130
+    report = json.loads((tmp_path / "verify.json").read_text())
+    assert report["complete"] is False and report["ok"] is False
+    assert {row["operator"] for row in report["results"]} == {"bias_gelu", "depthwise_conv2d"}
+
+
+def test_verify_in_several_processes(monkeypatch, tmp_path):
+    monkeypatch.setattr(verify, "CASES", verify.CASES[:2])  # the processes have all, in the same order
+    for jobs in (1, 2):
+        path = tmp_path / f"{jobs}.json"
+        assert main(["verify", "--device", "cpu", "--jobs", str(jobs), "--json", str(path)]) == 0
+    assert (tmp_path / "1.json").read_text() == (tmp_path / "2.json").read_text()
+
+
 def test_numerics_rule():
     exact = torch.linspace(-1, 1, 1000, dtype=torch.float64)
     error = torch.where(torch.arange(1000) % 2 == 0, 1e-3, -1e-3)

@@ -27,6 +27,7 @@ __all__ = [
     "device_argument",
     "discard_stdout",
     "json_file_argument",
+    "lacks_memory",
     "number_argument",
     "show",
     "stage_argument",
@@ -135,14 +136,17 @@ def check_sizes(what: str, batch: int, channels: int, size: int) -> None:
         raise CommandError(f"{what}: expected tensors of less than 2^63 bytes, got {elements} elements in one", 2)
 
 
+def lacks_memory(error: Exception) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
 @contextlib.contextmanager
 def allocating(what: str) -> Iterator[None]:
     """Makes one line about `what` of an allocation that fails; the CPU's is a RuntimeError like many others."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-        if not memory:
+        if not lacks_memory(error):
             raise
         asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
         detail = f", {asked[1]} in one piece" if asked else ""

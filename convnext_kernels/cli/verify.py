@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
+import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,7 +21,17 @@ from torch import Tensor
 from .. import backends, operators, reference
 from .accuracy import Verdict, judge, nudged
 from .environment import describe_environment
-from .terminal import Progress, allocating, device_argument, json_file_argument, show, table
+from .terminal import (
+    CommandError,
+    Progress,
+    allocating,
+    device_argument,
+    json_file_argument,
+    lacks_memory,
+    show,
+    table,
+    threads_argument,
+)
 
 __all__ = ["add_parser"]
 
@@ -233,7 +247,7 @@ def _is_for_the_interpreter(inputs: dict[str, Tensor | None], mode: Mode) -> boo
 
 @dataclass(frozen=True)
 class Outcome:
-    """One result of one case: what a row of the JSON says."""
+    """One result of one case: what a row of the JSON says. `raised`: what came instead of it."""
 
     operator: str
     device: str
@@ -243,6 +257,7 @@ class Outcome:
     result: str
     verdict: Verdict
     repeats: bool
+    raised: str = ""
 
     @property
     def ok(self) -> bool:
@@ -288,9 +303,17 @@ def _check(case: Case, mode: Mode, device: torch.device) -> Iterator[Outcome]:
             function = getattr(operators, case.operator)
             try:
                 ours = _evaluate(function, inputs, case.options, grad, mode)
+                again = _evaluate(function, inputs, case.options, grad, mode)
             except backends.RefusedError:  # this dtype, or this number of channels: info says which
                 continue
-            again = _evaluate(function, inputs, case.options, grad, mode)
+            except Exception as error:
+                if lacks_memory(error):
+                    raise
+                # The others are still worth knowing.
+                what = f"{type(error).__name__}: {error}"
+                none = Verdict(math.inf, 0.0, 0.0, math.inf, 0.0)
+                yield Outcome(case.operator, str(device), backend, mode.name, case.name, "none", none, False, what)
+                continue
         for name, result in ours.items():
             repeats = torch.equal(result, again[name]) or bool(result.isnan().any())
             verdict = judge(result, pytorch[name], exact[name], moved[name])
@@ -312,7 +335,13 @@ def add_parser(commands: Any) -> None:
         type=json_file_argument,
         const=sys.stdout,
         metavar="FILE",
-        help="write every single result as JSON; without FILE to stdout, in place of the table",
+        help="write every single result as JSON, case by case; without FILE to stdout, in place of the table",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=threads_argument,
+        default=1,
+        help="processes; on a GPU most of the time is Triton's compiler, which uses one core (default: 1)",
     )
     parser.set_defaults(run=_run)
 
@@ -338,6 +367,8 @@ def _explain(outcome: Outcome) -> str:
     verdict = outcome.verdict
     how = f"{outcome.backend} on {outcome.device}, {outcome.mode}, {outcome.case}"
     where = f"{outcome.operator} [{how}] {outcome.result}"
+    if outcome.raised:
+        return f"FAILED {where}: {outcome.raised}"
     if not verdict.ok:
         return (
             f"FAILED {where}: RMS error {verdict.error:.3e}, allowed {verdict.allowed:.3e}; "
@@ -346,26 +377,58 @@ def _explain(outcome: Outcome) -> str:
     return f"FAILED {where}: a second run gave other bits"
 
 
+@contextlib.contextmanager
+def _in_processes(
+    checks: list[tuple[torch.device, Case, Mode]], jobs: int
+) -> Iterator[Iterator[Callable[[], list[Outcome]]]]:
+    """For each of the checks what gives its outcomes: here and then, or from a process that has begun with it."""
+    if jobs == 1:
+        yield (partial(_list, device, CASES.index(case), MODES.index(mode)) for device, case, mode in checks)
+        return
+    # Not forked: CUDA may be running in this process.
+    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_use_one_thread)
+    try:
+        started = [pool.submit(_list, device, CASES.index(case), MODES.index(mode)) for device, case, mode in checks]
+        yield (each.result for each in started)
+    except BrokenProcessPool:
+        raise CommandError("a process ended before its results were there: --jobs 1 shows which", 1) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _use_one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _list(device: torch.device, case: int, mode: int) -> list[Outcome]:
+    return list(_check(CASES[case], MODES[mode], device))
+
+
+def _results(outcomes: list[Outcome], complete: bool) -> dict[str, Any]:
+    return {
+        "complete": complete,
+        "ok": complete and all(outcome.ok for outcome in outcomes),
+        "results": [outcome.to_json() for outcome in outcomes],
+    }
+
+
 def _run(options: argparse.Namespace) -> int:
     devices = [options.device] if options.device else [torch.device("cpu")]
     if not options.device and torch.cuda.device_count():
         devices.append(torch.device("cuda"))
     outcomes: list[Outcome] = []
-    with Progress(len(devices) * len(CASES) * len(MODES)) as progress:
-        for device in devices:
-            for case in CASES:
-                for mode in MODES:
-                    what = f"{device} {case.operator} {case.name} {mode.name}"
-                    progress.step(what)
-                    with allocating(what):
-                        outcomes += _check(case, mode, device)
+    report = {"what": "convnext-kernels verify", "environment": describe_environment()}
+    checks = [(device, case, mode) for device in devices for case in CASES for mode in MODES]
+    with Progress(len(checks)) as progress, _in_processes(checks, options.jobs) as results:
+        for (device, case, mode), result in zip(checks, results):
+            what = f"{device} {case.operator} {case.name} {mode.name}"
+            progress.step(what)
+            with allocating(what):
+                outcomes += result()
+            if options.json not in (None, sys.stdout) and not options.json.stream and mode is MODES[-1]:
+                options.json.write(report | _results(outcomes, complete=False))
     failed = [outcome for outcome in outcomes if not outcome.ok]
-    report = {
-        "what": "convnext-kernels verify",
-        "environment": describe_environment(),
-        "ok": not failed,
-        "results": [outcome.to_json() for outcome in outcomes],
-    }
+    report |= _results(outcomes, complete=True)
     if options.json is sys.stdout:
         show(json.dumps(report, indent=1))
     else:
