@@ -20,6 +20,11 @@ LEAST_SAMPLE_SECONDS = 0.004  # of one timed sample: what is shorter is repeated
 WARM_UP_CALLS = 4  # or fewer, once they have taken this long:
 WARM_UP_SECONDS = 0.2
 
+#: What the device's best is measured with: numbers in a copy, rows and columns of a matrix, and for how long at least.
+COPIED = {"cpu": 1 << 26, "cuda": 1 << 30}
+MULTIPLIED = {"cpu": 1536, "cuda": 8192}
+BEST_SECONDS = 1.0
+
 
 class Quantiles(NamedTuple):
     median: float
@@ -204,11 +209,10 @@ class Ceilings:
 
 def measure_ceilings(device: torch.device) -> Ceilings:
     cuda = device.type == "cuda"
-    numbers = 1 << (30 if cuda else 26)
-    source = torch.randn(numbers, device=device)
+    source = torch.randn(COPIED[device.type], device=device)
     bandwidth = 2 * source.nbytes / _best(functools.partial(torch.empty_like(source).copy_, source), device)
     del source
-    size = 8192 if cuda else 1536
+    size = MULTIPLIED[device.type]
     matrix = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -223,7 +227,7 @@ def measure_ceilings(device: torch.device) -> Ceilings:
 
 def _best(function: Callable[[], Any], device: torch.device) -> float:
     seconds: list[float] = []
-    while len(seconds) < 10 or sum(seconds) < 1.0:
+    while len(seconds) < 10 or sum(seconds) < BEST_SECONDS:
         _synchronize(device)
         start = time.perf_counter()
         function()

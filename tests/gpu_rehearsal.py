@@ -495,6 +495,7 @@ def patch_torch(patch):
     memory_functions = {
         "memory_allocated": lambda device=None: memory.live,
         "max_memory_allocated": lambda device=None: memory.peak,
+        "max_memory_reserved": lambda device=None: memory.peak,
         "reset_peak_memory_stats": reset_peak,
         "mem_get_info": lambda device=None: (FREE_BYTES, FREE_BYTES),
     }

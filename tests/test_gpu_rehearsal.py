@@ -4,6 +4,7 @@ Values and launches are those of the CUDA entries, executed on the CPU; streams,
 memory are checked by what CUDA allows. `-k` leaves out what takes the engine long.
 """
 
+import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import cuda_programs
+from benchmark_suite import goals, report
 from cuda_entries import Entries
 
 # What cannot be rehearsed.
@@ -116,22 +118,31 @@ def test_rehearsal(runs, name):
 
 # Stand-ins cannot be views of inference tensors, and have no storage to be known by.
 COMMAND = """
-import sys, torch
+import sys, torch, triton
 from convnext_kernels.cli import measure
+triton.testing.do_bench = lambda run, warmup, rep, return_mode: run() and 1.0
 measure.saved_bytes = lambda forward, parameters: 1
 torch.inference_mode = lambda mode=True: torch.set_grad_enabled(not mode)
 import gpu_rehearsal
 with gpu_rehearsal.rehearsing():
     from convnext_kernels.__main__ import main
-    gpu_rehearsal.leave(main([*sys.argv[1:], "--device", "cuda"]))
+    gpu_rehearsal.leave(main(sys.argv[1:]))
 """
+COMMANDS = {
+    "info": ([], "0: rehearsal, compute capability 9.0, 8 GiB"),
+    "bench": (["--stages", "16@6", "--batch", "2", "--device", "cuda"], "V2 16@6"),
+    "verify": (["--device", "cuda"], " 0 wrong"),
+    "tune": (["--stages", "8@2", "--batch", "1", "--jobs", "1"], "configurations for "),
+}
 
 
-@pytest.mark.parametrize("command", [["bench", "--stages", "16@6", "--batch", "2"], ["verify"]], ids=lambda c: c[0])
-def test_the_command_line(entries, tmp_path, command):
-    done = entries.rehearse(["-c", COMMAND, *command], tmp_path / "launches")
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_command_line(entries, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("CONVNEXT_KERNELS_CACHE_DIR", str(tmp_path))
+    options, expected = COMMANDS[name]
+    done = entries.rehearse(["-c", COMMAND, name, *options], tmp_path / "launches")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert {"bench": "V2 16@6", "verify": " 0 wrong"}[command[0]] in done.stdout
+    assert expected in done.stdout
 
 
 def test_script_for_compute_sanitizer(entries, tmp_path):
@@ -142,31 +153,99 @@ def test_script_for_compute_sanitizer(entries, tmp_path):
     assert done.stdout.endswith("small steps done\n")
 
 
-# The benchmark suite's own cases are too large for the engine.
+# The benchmark suite's own cases are too large for the engine: those of the models keep their names, for
+# benchmarks/goals.py, and have small networks and images.
 SMALL_CASES = """
 from dataclasses import replace
+import timm, torchvision
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+import gpu_rehearsal
 from convnext_kernels.cli import measure
-from benchmarks import cases, timing
+from benchmarks import cases, experiments, models, timing
 
-measure.saved_bytes = lambda forward, parameters: 0
+gpu_rehearsal.PROPERTIES.L2_cache_size = 10000
+timing.COPIED = timing.MULTIPLIED = {"cuda": 16}
+timing.BEST_SECONDS = 0
+experiments.VARYING, experiments.LargestBatch.MOST = (8, 4), 16
+measure.saved_bytes = models.saved_bytes = lambda forward, parameters: 0
 cases._shapes = lambda device_type, full: [("v1", 16, 6, 2)]
-blocks, models = cases.block_cases, cases.model_cases
+blocks, inputs = cases.block_cases, models.ModelRunner._inputs
 cases.block_cases = lambda *of: [case for case in blocks(*of) if case.drop_path == 0]
-cases.model_cases = lambda *of: [replace(case, model="convnext_atto", size=32, batch=2) for case in models(*of)[:2]]
-cases.scaling_cases = cases.experiment_cases = lambda *of: []
-timing.measure_ceilings = lambda device: timing.Ceilings(1e15, {"torch.float32": 1e15, "torch.bfloat16": 1e15})
+cases.GOAL_MODELS = cases.GOAL_MODELS[:1]
+scaling, experimental = cases.scaling_cases, cases.experiment_cases
+cases.scaling_cases = lambda *of: scaling(*of)[:1]
+cases.experiment_cases = lambda *of: [replace(case, batch=8) for case in experimental(*of)]
+
+def create(library, name):
+    widths = 8, 8, 8, 8
+    if library == "timm":
+        version = "convnextv2_atto" if "v2" in name else "convnext_atto"
+        return timm.create_model(version, depths=(1, 1, 1, 1), dims=widths, drop_path_rate=0.0)
+    return ConvNeXt([CNBlockConfig(*pair, 1) for pair in zip(widths, (*widths[1:], None))], stochastic_depth_prob=0.0)
+
+models.create = create
+def small(self, batch):
+    case, self._case = self._case, replace(self._case, size=64 if self._case.experiment == "masked pretraining" else 32)
+    try:
+        return inputs(self, min(batch, 2))
+    finally:
+        self._case = case
+models.ModelRunner._inputs = small
 """
 
 
-@pytest.mark.parametrize(("file", "least"), [("operators", 60), ("block", 30), ("model", 4)])
-def test_the_benchmark_suite(entries, tmp_path, file, least):
-    """Streams, events, graphs and the checks against fp64; the times mean nothing."""
+@pytest.mark.parametrize(("file", "least"), [("operators", 60), ("block", 30), ("model", 20)])
+def test_the_benchmark_suite(entries, tmp_path, capsys, file, least):
+    """Streams, events, graphs and the checks against fp64, and what is made of the result; the times mean nothing."""
     (tmp_path / "small_cases.py").write_text(SMALL_CASES)
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "small_cases", "-p", "gpu_rehearsal"]
     command += [f"benchmarks/test_{file}.py", "--benchmark-only", "--device", "cuda", "--seconds", "0.01"]
     command += ["-k", "not compile and not autotune and not liger", "--benchmark-json", tmp_path / "result.json"]
     done = entries.rehearse(command, tmp_path / "launches", (), [tmp_path])
     assert passed(done) >= least
+    result = report.load(tmp_path / "result.json")
+    assert (result.facts["chip"], result.facts["device"]) == ("rehearsal", "cuda:0")
+    assert "## Goals" in report.page(result, [])
+    assert goals.main([str(tmp_path / "result.json")]) == 0
+    measured = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| convnext_tiny, batch 256")]
+    # Of each precision: training, inference, memory.
+    assert sum("not measured" not in line for line in measured) == (6 if file == "model" else 0)
+
+
+# What each needs that the stand-in has not: a profiler, and a model that the engine gets through.
+SCRIPTS = {
+    "counters": """
+torch.cuda.profiler.start = torch.cuda.profiler.stop = lambda: None
+from benchmarks import counters
+gpu_rehearsal.leave(counters.main(["-k", "layer_norm", "--call-each", "called"]))
+""",
+    "baseline": """
+import io, json
+from benchmarks import baseline
+baseline.build_model = lambda case: small_cases.create(case.library, case.model)
+options = baseline.parse("--models convnext_tiny --batch 2 --size 32 --device cuda".split())
+lines = [json.dumps(vars(case)) for case in baseline.cases_of(options)]
+sys.stdin = io.StringIO("\\n".join(lines))
+baseline.work(options.device, 2)
+gpu_rehearsal.leave(0)
+""",
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_other_scripts(entries, tmp_path, name):
+    (tmp_path / "small_cases.py").write_text(SMALL_CASES)
+    code = "import os, sys, torch, gpu_rehearsal, small_cases\nos.chdir(sys.argv[1])\n"
+    code += "with gpu_rehearsal.rehearsing():" + SCRIPTS[name].replace("\n", "\n    ")
+    done = entries.rehearse(["-c", code, tmp_path], tmp_path / "launches", (), [tmp_path])
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    if name == "counters":
+        called = json.loads((tmp_path / "called").read_text())
+        assert len(called) == 4 and called[0] == "layer_norm_mlp v1 forward 16@6 batch 2 pure-bf16 ours"
+    else:
+        facts, *results = map(json.loads, done.stdout.splitlines())
+        assert facts["chip"] == "rehearsal"
+        assert [(result["status"], result["iterations"]) for result in results] == [("ok", 2)] * 4, results
 
 
 # --- the rehearsal sees what a GPU would not forgive: defects planted in the library
