@@ -143,7 +143,10 @@ def compare(
                 outcome = outcomes[provider.name]
                 outcome.samples = times.samples[provider.name]
                 outcome.info |= _figures(case, provider, runners[provider.name], times, ceilings)
-                outcome.info |= runners[provider.name].memory()
+                try:
+                    outcome.info |= runners[provider.name].memory()
+                except Exception as error:  # what autograd keeps may not fit where the step itself does
+                    outcome.error = error
         kinds = {provider.name: provider.kind for provider in providers}
         images = {name: runner.images for name, runner in runners.items()}
         _add_ratios(kinds, images, times, outcomes)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import os
 import signal
 import statistics
 import subprocess
@@ -32,6 +33,7 @@ from convnext_kernels import backends
 from convnext_kernels.cli.environment import describe_backends, describe_environment
 from convnext_kernels.cli.terminal import table
 
+from .ahead import compile_ahead
 from .cases import Case
 from .comparison import Outcome, Provider, compare
 from .report import BUSY, is_above_roofline
@@ -46,6 +48,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--full", action="store_true", help="every case of benchmarks/cases.py; takes very long")
     group.addoption(
         "--budget", type=float, metavar="SECONDS", help="begin no case after so long; the result file has the others"
+    )
+    group.addoption(
+        "--jobs",
+        type=int,
+        default=min(16, os.cpu_count() or 1),
+        help="processes that compile our Triton kernels before the first case on a GPU; 1: none (default: one a core)",
     )
     group.addoption("--seconds", type=float, default=0.3, help="of timing a provider in a case (default: 0.3)")
 
@@ -110,6 +118,9 @@ class _Session:
 
     def outcome(self, case: Case, provider: Provider, items: list[pytest.Item]) -> Outcome:
         if case != self._case:
+            if self._case is None and self.device.type == "cuda" and self._config.getoption("--jobs") > 1:
+                cases = {item.callspec.params["case"]: None for item in items if getattr(item, "callspec", None)}
+                compile_ahead(cases, self.device, self._config.getoption("--jobs"))
             providers = [
                 item.callspec.params["provider"]
                 for item in items

@@ -2,6 +2,7 @@
 
 python -m benchmarks.counters                          every operator, forward and backward, at a ConvNeXt-T's stages
 python -m benchmarks.counters -k 'depthwise and 96@56' those whose name holds every word ('and' is left out)
+... --budget SECONDS                                   no case begins after so long; those before are in the result
 ... --json FILE                                        the same as data
 ... --csv FILE                                         of what ncu wrote before: no GPU is needed
 
@@ -19,12 +20,14 @@ import argparse
 import csv
 import io
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -180,13 +183,17 @@ def name_of(case: Any, provider: Any) -> str:
     return f"{case.group} {provider.name}"
 
 
-def call_each(words: str, names: Path) -> None:
+def call_each(words: str, names: Path, budget: float) -> None:
     """What ncu profiles: every case once, prepared before; their names go to a file, in this order."""
     import torch
 
+    start = time.monotonic()
     device = torch.device("cuda", torch.cuda.current_device())
     called = []
     for case, provider in select(words):
+        if time.monotonic() - start > budget:
+            print(f"benchmarks.counters: {budget:g} s had passed before {name_of(case, provider)}", file=sys.stderr)
+            break
         runner = provider.build(case, device)
         for call in range(2):  # compiled, and its memory taken from the driver
             runner.run(call)
@@ -205,7 +212,7 @@ def call_each(words: str, names: Path) -> None:
 # --- the command
 
 
-def profile(words: str) -> tuple[str, list[str]]:
+def profile(words: str, budget: float) -> tuple[str, list[str]]:
     """ncu's output, and the names of the cases in it."""
     tool = os.environ.get("NCU") or shutil.which("ncu")
     if tool is None:
@@ -216,7 +223,8 @@ def profile(words: str) -> tuple[str, list[str]]:
         command += ["--target-processes", "all", "--log-file", str(log)]
         for section in SECTIONS:
             command += ["--section", section]
-        command += [sys.executable, "-m", "benchmarks.counters", "-k", words, "--call-each", str(names)]
+        command += [sys.executable, "-m", "benchmarks.counters", "-k", words, "--budget", str(budget)]
+        command += ["--call-each", str(names)]
         done = subprocess.run(command, cwd=ROOT, env={**os.environ, "LC_ALL": "C"})
         text = log.read_text() if log.exists() else ""
         if done.returncode:
@@ -232,12 +240,13 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("-k", default="", metavar="WORDS", help="only cases whose name holds all of them")
+    parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="begin no case after so long")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counters there")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="keep what ncu wrote there; read it if it is there")
     parser.add_argument("--call-each", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.call_each is not None:
-        call_each(options.k, options.call_each)
+        call_each(options.k, options.call_each, options.budget)
         return 0
     try:
         cases = [name_of(*pair) for pair in select(options.k)]
@@ -245,8 +254,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise CountersError(f"no case's name holds all of {options.k!r}")
         if options.csv is not None and options.csv.exists():
             text = options.csv.read_text()
+            cases = cases[: text.count(MARKER)]  # a budget may have left some out
         else:
-            text, cases = profile(options.k)
+            text, cases = profile(options.k, options.budget)
             if options.csv is not None:
                 options.csv.write_text(text)
         kernels = parse(text, cases)

@@ -40,7 +40,7 @@ def create(library: str, name: str) -> nn.Module:
     return imported("torchvision").models.get_model(name, weights=None, stochastic_depth_prob=0.0)
 
 
-@functools.lru_cache(maxsize=1)  # for all providers of a case
+@functools.lru_cache(maxsize=2)  # timm's and torchvision's
 def _template(library: str, name: str) -> nn.Module:
     return randomise(create(library, name))
 

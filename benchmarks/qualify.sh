@@ -176,8 +176,8 @@ run_part() {
     counters)
       install_package "$part"
       : > "$out/$part.log"
-      (cd "$root" && limited "$out/$part.log" "$python" -m benchmarks.counters --csv "$out/$part.csv" \
-        --json "$out/$part.json")
+      (cd "$root" && limited "$out/$part.log" "$python" -m benchmarks.counters --budget "$(budget 90)" \
+        --csv "$out/$part.csv" --json "$out/$part.json")
       ;;
     baseline*)
       local cases=${part#baseline}

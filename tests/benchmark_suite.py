@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 try:
     from benchmarks import (
+        ahead,
         blocks,
         cases,
         comparison,
@@ -33,6 +34,7 @@ __all__ = [
     "ROOT",
     "SMALL",
     "SMALL_BF16",
+    "ahead",
     "blocks",
     "cases",
     "compare",

@@ -137,7 +137,7 @@ def test_qualify_runs_every_part(qualify, tmp_path):
         install,
         suite("block"),
         install,
-        f"-m benchmarks.counters --csv {tmp_path}/out/counters.csv",
+        f"-m benchmarks.counters --budget 440 --csv {tmp_path}/out/counters.csv",
         f"{ROOT}/benchmarks/baseline.py --part eager",
     ]
     parts = ("build", "test", "test-triton", "sanitize", "verify", "tune", "operators", "models", "blocks", "counters")

@@ -16,6 +16,7 @@ from benchmark_suite import (
     CPU,
     SMALL,
     SMALL_BF16,
+    ahead,
     blocks,
     cases,
     compare,
@@ -184,6 +185,19 @@ def test_an_error_while_it_is_timed_is_the_providers_own():
     assert outcomes["honest"].samples
 
 
+def test_an_error_while_memory_is_measured_is_the_providers_own():
+    class Fails(providers.OperatorRunner):
+        def memory(self):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    broken = comparison.Provider(
+        "broken", "ours", lambda case, device: Fails(case, device, convnext_kernels.layer_norm)
+    )
+    outcomes = compare(dataclasses.replace(SMALL, operator="layer_norm"), [broken, HONEST])
+    assert "out of memory" in str(outcomes["broken"].error)
+    assert outcomes["honest"].error is None and "peak_bytes" in outcomes["honest"].info
+
+
 def test_what_ends_a_case_is_each_providers_error(monkeypatch):
     """And no figures of the case before stand for those of this one."""
     options = {"--device": "cpu", "--budget": None, "--seconds": 0.0}
@@ -205,6 +219,21 @@ def test_what_ends_a_case_is_each_providers_error(monkeypatch):
     outcomes = [session.outcome(second, provider, items) for provider in participants]
     assert [str(outcome.error) for outcome in outcomes] == ["an illegal memory access was encountered"] * 2
     assert not any(outcome.samples for outcome in outcomes)
+
+
+def test_what_a_run_launches_is_run_ahead():
+    """Each block of the models once; what fails is left to its own test."""
+    large, larger = (
+        cases.ModelCase("convnext_large", task, 224, 128, "pure-bf16") for task in ("training", "inference")
+    )
+    assert ahead.launched_by([large, SMALL, larger, SMALL]) == [
+        *(cases.BlockCase("v1", "training", c, side, 128, "pure-bf16") for c, side in ((192, 56), (384, 28))),
+        *(cases.BlockCase("v1", "training", c, side, 128, "pure-bf16") for c, side in ((768, 14), (1536, 7))),
+        SMALL,
+    ]
+    block = cases.BlockCase("v2", "training", 16, 7, 2, "autocast-bf16")
+    wrong = dataclasses.replace(SMALL, precision="no such one")
+    assert ahead.compile_ahead([SMALL, block, wrong], CPU, 2) == 2
 
 
 @pytest.mark.parametrize(("kind", "skipped"), [("eager", True), ("ours", False)])

@@ -103,7 +103,16 @@ def test_the_command(ncu, tmp_path, capsys):
     ]
     call = json.loads((tmp_path / "call.json").read_text())
     target = call[call.index(sys.executable) :]
-    assert target[:-1] == [sys.executable, "-m", "benchmarks.counters", "-k", "layer_norm and 96@56", "--call-each"]
+    assert target[:-1] == [
+        sys.executable,
+        "-m",
+        "benchmarks.counters",
+        "-k",
+        "layer_norm and 96@56",
+        "--budget",
+        "inf",
+        "--call-each",
+    ]
     assert {"--clock-control", "WarpStateStats", "--profile-from-start"} <= set(call)
 
 

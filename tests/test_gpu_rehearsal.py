@@ -200,6 +200,7 @@ def test_the_benchmark_suite(entries, tmp_path, capsys, file, least):
     (tmp_path / "small_cases.py").write_text(SMALL_CASES)
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "small_cases", "-p", "gpu_rehearsal"]
     command += [f"benchmarks/test_{file}.py", "--benchmark-only", "--device", "cuda", "--seconds", "0.01"]
+    command += ["--jobs", "1"]
     command += ["-k", "not compile and not autotune and not liger", "--benchmark-json", tmp_path / "result.json"]
     done = entries.rehearse(command, tmp_path / "launches", (), [tmp_path])
     assert passed(done) >= least
