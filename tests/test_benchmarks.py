@@ -221,19 +221,19 @@ def test_what_ends_a_case_is_each_providers_error(monkeypatch):
     assert not any(outcome.samples for outcome in outcomes)
 
 
-def test_what_a_run_launches_is_run_ahead():
-    """Each block of the models once; what fails is left to its own test."""
-    large, larger = (
-        cases.ModelCase("convnext_large", task, 224, 128, "pure-bf16") for task in ("training", "inference")
-    )
-    assert ahead.launched_by([large, SMALL, larger, SMALL]) == [
-        *(cases.BlockCase("v1", "training", c, side, 128, "pure-bf16") for c, side in ((192, 56), (384, 28))),
-        *(cases.BlockCase("v1", "training", c, side, 128, "pure-bf16") for c, side in ((768, 14), (1536, 7))),
-        SMALL,
-    ]
+def test_the_blocks_of_a_run_are_run_ahead():
+    """Each of the models' once; what fails is left to its own test."""
+    models_of = [cases.ModelCase("convnext_large", task, 224, 128, "pure-bf16") for task in ("training", "inference")]
     block = cases.BlockCase("v2", "training", 16, 7, 2, "autocast-bf16")
-    wrong = dataclasses.replace(SMALL, precision="no such one")
-    assert ahead.compile_ahead([SMALL, block, wrong], CPU, 2) == 2
+    models_of.append(dataclasses.replace(models_of[0], batch=32))  # which is not a goal's
+    stages = ((192, 56), (384, 28), (768, 14), (1536, 7))
+    assert ahead.blocks_of([*models_of, SMALL, block]) == [
+        *(cases.BlockCase("v1", "training", *stage, 128, "pure-bf16") for stage in stages),
+        block,
+    ]
+    wrong = dataclasses.replace(block, precision="no such one")
+    assert ahead.compile_ahead([block, wrong], CPU, 2) == 1
+    assert ahead.compile_ahead([SMALL], CPU, 2) == 0
 
 
 @pytest.mark.parametrize(("kind", "skipped"), [("eager", True), ("ours", False)])
