@@ -119,6 +119,8 @@ def compare(
             runner = provider.build(case, device)
             outcome.info["relative_error"] = check(runner, case, provider.kind)
             # What does not fit into memory or a graph fails here, and the others are timed without it.
+            if not runner.prepares:
+                runner.run(0)
             lanes[provider.name] = lane_of(runner, device)
             runners[provider.name] = runner
         except Unavailable as reason:

@@ -91,6 +91,23 @@ def test_a_provider_slowed_on_purpose_shows_slower():
     assert slow["images_a_second"] < honest["images_a_second"]
 
 
+def test_a_slow_first_call_is_no_measure_of_the_others():
+    """The first call of a graph's backward pass may compile for seconds: calls in a sample are counted after it."""
+
+    class Compiles(providers.OperatorRunner):
+        called = False
+
+        def run(self, call):
+            time.sleep(0.0 if self.called else 0.3)
+            self.called = True
+
+    provider = comparison.Provider(
+        "compiles", "ours", lambda case, device: Compiles(case, device, convnext_kernels.layer_norm)
+    )
+    outcomes = compare(dataclasses.replace(SMALL, operator="layer_norm"), [provider, HONEST])
+    assert outcomes["compiles"].info["calls_a_sample"] > 1
+
+
 def test_the_baseline_is_the_fastest_eager_provider():
     def slowed(y):
         time.sleep(0.02)
