@@ -420,6 +420,12 @@ def test_verify_goes_on_after_an_error_and_writes_as_it_goes(monkeypatch, capsys
     assert any(row["ok"] for row in report["results"])
     assert "FAILED bias_gelu [cpu on cpu, fp64, 70x160 erf] none: RuntimeError: PassManager" in capsys.readouterr().err
 
+    # What an earlier kernel left behind meets PyTorch's own too.
+    with monkeypatch.context() as broken:
+        broken.setattr(verify, "judge", fails)
+        assert main(["verify", "--device", "cpu", "--json"]) == 1
+        assert {row["backend"] for row in json.loads(capsys.readouterr().out)["results"]} >= {"any"}
+
     # Ended in the midst of the last operator, it has written the others.
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt

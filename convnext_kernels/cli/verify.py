@@ -307,17 +307,21 @@ def _check(case: Case, mode: Mode, device: torch.device) -> Iterator[Outcome]:
             except backends.RefusedError:  # this dtype, or this number of channels: info says which
                 continue
             except Exception as error:
-                if lacks_memory(error):
-                    raise
-                # The others are still worth knowing.
-                what = f"{type(error).__name__}: {error}"
-                none = Verdict(math.inf, 0.0, 0.0, math.inf, 0.0)
-                yield Outcome(case.operator, str(device), backend, mode.name, case.name, "none", none, False, what)
+                yield _raised(error, case, mode, device, backend)
                 continue
         for name, result in ours.items():
             repeats = torch.equal(result, again[name]) or bool(result.isnan().any())
             verdict = judge(result, pytorch[name], exact[name], moved[name])
             yield Outcome(case.operator, str(device), backend, mode.name, case.name, name, verdict, repeats)
+
+
+def _raised(error: Exception, case: Case, mode: Mode, device: torch.device, backend: str) -> Outcome:
+    """An error as a wrong result: the others are still worth knowing. Not what is the machine's, or the user's."""
+    if lacks_memory(error) or isinstance(error, backends.RefusedError):
+        raise error
+    none = Verdict(math.inf, 0.0, 0.0, math.inf, 0.0)
+    what = f"{type(error).__name__}: {error}"
+    return Outcome(case.operator, str(device), backend, mode.name, case.name, "none", none, False, what)
 
 
 def add_parser(commands: Any) -> None:
@@ -401,7 +405,13 @@ def _use_one_thread() -> None:
 
 
 def _list(device: torch.device, case: int, mode: int) -> list[Outcome]:
-    return list(_check(CASES[case], MODES[mode], device))
+    out = []
+    try:
+        for outcome in _check(CASES[case], MODES[mode], device):
+            out.append(outcome)
+    except Exception as error:  # a kernel failed while it ran: PyTorch's own get no further in this process
+        out.append(_raised(error, CASES[case], MODES[mode], device, "any"))
+    return out
 
 
 def _results(outcomes: list[Outcome], complete: bool) -> dict[str, Any]:
