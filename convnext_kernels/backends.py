@@ -295,11 +295,31 @@ def _decide(operator: str, forced: str, device: torch.device, arguments: tuple[A
         if forced == "auto" and (backend == "reference" or backend != _preferences(operator, device.type)[0]):
             _log_fallback(operator, device.type, backend, reason)
     if backend == "reference":
-        return getattr(reference_backend, operator)
+        return _without_autocast(getattr(reference_backend, operator))
     if backend == "triton":
         return _triton_kernels().implementation(operator)
     key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _DISPATCH_KEYS[device.type]))
     return functools.partial(getattr(torch.ops.convnext_kernels, operator).default.redispatch, key)
+
+
+_AUTOCAST = functools.reduce(
+    lambda keys, device: keys | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}")),
+    ("CUDA", "XPU", "MPS", "HPU", "IPU", "PrivateUse1"),
+    torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU),
+)
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What dtypes an operator computes in is decided: autocast, on in a backward pass say, shall not cast in PyTorch's.
+
+    The compiled kernels call none that it casts.
+    """
+
+    def run(*arguments: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return function(*arguments)
+
+    return run
 
 
 def _bits(*keys: str) -> int:

@@ -82,6 +82,19 @@ def test_the_backward_pass_follows_the_choice_at_its_own_time(seen):
     assert seen == BACKWARD
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_autocast_is_the_forward_passes_alone(backend):
+    block, x = ck.FusedConvNeXtBlock(8, 0, 1.0, backend=backend), image(2, 8, 5, 5).requires_grad_()
+    inputs = [x, *block.parameters()]
+    expected = torch.autograd.grad(block(x).square().sum(), inputs)
+    loss = block(x).square().sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(loss, inputs)
+        y = torch.ops.convnext_kernels.depthwise_conv2d(x.detach(), block.dwconv.weight, None, 1, None)
+    assert all(map(torch.equal, got, expected))
+    assert y.dtype == torch.float32
+
+
 def test_a_blocks_own_backend_goes_before_the_context(seen):
     block, x = ck.FusedConvNeXtBlock(8, backend="reference"), image(2, 8, 5, 5).requires_grad_()
     with ck.use_backend("cpu"):
