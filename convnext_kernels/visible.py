@@ -32,7 +32,7 @@ class VisiblePatches:
 
     index: Tensor
     grid: tuple[int, int]
-    _lines: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _lines: dict[tuple[int, bool], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def random(
@@ -114,13 +114,15 @@ class VisiblePatches:
 
         A line is what lies together: the values of a patch in one row of the map.
         """
-        if height not in self._lines:
+        # Tensors made in inference mode cannot be saved for a backward pass later.
+        key = height, not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+        if key not in self._lines:
             rows, columns = self.grid
             first = torch.arange(len(self.index), device=self.index.device).unsqueeze(1) * (rows * columns)
             patch = self.index + first
             line = (patch // columns * height).unsqueeze(-1) + torch.arange(height, device=patch.device)
-            self._lines[height] = (line * columns + (patch % columns).unsqueeze(-1)).flatten()
-        return self._lines[height]
+            self._lines[key] = (line * columns + (patch % columns).unsqueeze(-1)).flatten()
+        return self._lines[key]
 
 
 class _Take(torch.autograd.Function):

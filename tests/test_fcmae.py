@@ -284,6 +284,16 @@ def test_pack_and_unpack():
     assert torch.equal(visible.pack(visible.unpack(patches)), patches)
 
 
+def test_patches_that_inference_mode_has_seen_can_be_trained_on():
+    visible, block = visible_patches(), FusedConvNeXtBlock(5)
+    x = visible.pack(torch.randn(3, 5, 8, 9)).requires_grad_()
+    with torch.inference_mode():
+        expected = block(x, visible)
+    y = block(x, visible)
+    y.sum().backward()
+    assert torch.equal(y, expected)
+
+
 @pytest.mark.parametrize(
     "call, error, message",
     [
