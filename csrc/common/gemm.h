@@ -6,13 +6,15 @@
 namespace convnext_kernels {
 
 inline Tensor transposed(const Tensor& matrix) {
-  return torch::stable::transpose(matrix, 0, 1);
+  const auto size = matrix.sizes(), stride = matrix.strides();
+  const int64_t sizes[] = {size[1], size[0]}, strides[] = {stride[1], stride[0]};
+  return view_of(matrix, {sizes, 2}, {strides, 2});
 }
 
 // The first `rows` rows of `matrix`, from row `first` on.
 inline Tensor rows_of(const Tensor& matrix, int64_t first, int64_t rows) {
-  Tensor whole = matrix;
-  return torch::stable::narrow(whole, 0, first, rows);
+  const int64_t sizes[] = {rows, matrix.size(1)};
+  return view_of(matrix, {sizes, 2}, matrix.strides(), first * matrix.stride(0));
 }
 
 // result = a b. None of the tensors may be part of an autograd graph.

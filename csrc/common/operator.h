@@ -26,9 +26,7 @@ inline std::vector<int64_t> shape_without_last(const Tensor& tensor) {
 
 // The same memory outside of autograd: nothing the operator calls may depend on the caller's grad mode.
 inline Tensor detach(const Tensor& tensor) {
-  StableIValue stack[1] = {torch::stable::detail::from(tensor)};
-  call_operator("aten::detach", "", stack);
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return view_of(tensor, tensor.sizes(), tensor.strides());
 }
 
 // A parameter as a dense tensor of `type`.

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <sstream>
@@ -39,14 +40,18 @@ inline std::string describe(torch::headeronly::IntHeaderOnlyArrayRef numbers) {
                            expected + ", got " + got);
 }
 
+// Raises where a call of PyTorch's C interface, `call`, failed.
+inline void check_call(AOTITorchError error, const char* call) {
+#ifdef STABLE_TORCH_ERROR_CODE_CHECK  // raises with PyTorch's own message; the headers of 2.11 have none
+  STABLE_TORCH_ERROR_CODE_CHECK(error);
+#endif
+  if (error != TORCH_SUCCESS)
+    throw std::runtime_error(std::string("convnext_kernels: PyTorch's ") + call + " failed; PyTorch has logged why");
+}
+
 // Calls an operator of PyTorch's: takes its arguments from `stack` and leaves its results there.
 inline void call_operator(const char* name, const char* overload, StableIValue* stack) {
-#ifdef STABLE_TORCH_ERROR_CODE_CHECK  // raises with PyTorch's own message; the headers of 2.11 have none
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION));
-#else
-  if (torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION) != TORCH_SUCCESS)
-    throw std::runtime_error(std::string("convnext_kernels: PyTorch's ") + name + " failed; PyTorch has logged why");
-#endif
+  check_call(torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION), name);
 }
 
 inline bool is_supported(ScalarType type) {
@@ -105,8 +110,25 @@ inline void check_contiguous(const char* op, const char* argument, const Tensor&
 }
 
 // Fresh tensors on `like`'s device. `like` is only asked for its device, so it may be any of the arguments.
+inline Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
+                            ScalarType type) {
+  // Past the dispatcher: a small block's time is that of such calls.
+  int32_t device_type, device_index;
+  check_call(aoti_torch_get_device_type(like.get(), &device_type), "get_device_type");
+  check_call(aoti_torch_get_device_index(like.get(), &device_index), "get_device_index");
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle fresh;
+  check_call(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype,
+                                      device_type, device_index, &fresh),
+             "empty_strided");
+  return Tensor(fresh);
+}
+
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()), type);
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t dim = shape.size(); dim-- > 0; stride *= std::max<int64_t>(shape[dim], 1)) strides[dim] = stride;
+  return empty_strided(like, shape, strides, type);
 }
 
 inline Tensor zeros(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
@@ -114,8 +136,8 @@ inline Tensor zeros(const Tensor& like, const std::vector<int64_t>& shape, Scala
 }
 
 inline Tensor empty_channels_last(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()), type, std::nullopt,
-                              like.device(), std::nullopt, MemoryFormat::ChannelsLast);
+  const int64_t channels = std::max<int64_t>(shape[1], 1), row = channels * std::max<int64_t>(shape[3], 1);
+  return empty_strided(like, shape, {row * std::max<int64_t>(shape[2], 1), 1, row, channels}, type);
 }
 
 // A dense channels-last tensor of another type; a copy also where it has that type.
@@ -124,9 +146,24 @@ inline Tensor converted_channels_last(const Tensor& tensor, ScalarType type) {
                            MemoryFormat::ChannelsLast);
 }
 
-// A small parameter as a contiguous tensor of the accumulation type.
+// The same memory in another shape, from `offset` elements on, past the dispatcher and outside of autograd.
+inline Tensor view_of(const Tensor& tensor, torch::headeronly::IntHeaderOnlyArrayRef shape,
+                      torch::headeronly::IntHeaderOnlyArrayRef strides, int64_t offset = 0) {
+  AtenTensorHandle view;
+  check_call(aoti_torch__reinterpret_tensor(tensor.get(), static_cast<int64_t>(shape.size()), shape.data(),
+                                            strides.data(), offset, &view),
+             "_reinterpret_tensor");
+  return Tensor(view);
+}
+
+// The same values in dense memory.
+inline Tensor dense(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// A small parameter as a dense tensor of the accumulation type.
 inline Tensor as_type(const Tensor& tensor, ScalarType type) {
-  return torch::stable::contiguous(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
+  return dense(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
 }
 
 }  // namespace convnext_kernels

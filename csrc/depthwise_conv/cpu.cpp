@@ -122,9 +122,9 @@ Tensor pack_weights(const Correlation& c, bool flipped, const Tensor& weight, co
 
   const Tensor packed = empty(weight, {blocks, taps + 1, lanes}, accumulation);
   A* const to = static_cast<A*>(packed.mutable_data_ptr());
-  const Tensor dense = torch::stable::contiguous(weight);
+  const Tensor dense_weight = dense(weight);
   with_element_type(weight.scalar_type(), [&](auto type) {
-    const auto* from = static_cast<const decltype(type)*>(dense.const_data_ptr());
+    const auto* from = static_cast<const decltype(type)*>(dense_weight.const_data_ptr());
     constexpr int64_t kGrain = 16;  // blocks, about 10 us
     torch::stable::parallel_for(0, blocks, kGrain, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
@@ -141,7 +141,7 @@ Tensor pack_weights(const Correlation& c, bool flipped, const Tensor& weight, co
     });
   });
   if (bias) {
-    const Tensor dense_bias = torch::stable::contiguous(*bias);
+    const Tensor dense_bias = dense(*bias);
     with_element_type(bias->scalar_type(), [&](auto type) {
       const auto* from = static_cast<const decltype(type)*>(dense_bias.const_data_ptr());
       for (int64_t channel = 0; channel < c.channels; ++channel)

@@ -104,11 +104,12 @@ AOTITorchError multiply_wide(StableIValue* stack, uint64_t version) {
 }
 
 // Every type's bytes of ones are NaN.
-void forget_contents(StableIValue& result) {
-  const Tensor tensor = to<Tensor>(result);
-  const auto bytes = static_cast<size_t>(tensor.numel()) * static_cast<size_t>(tensor.element_size());
-  if (bytes) std::memset(tensor.mutable_data_ptr(), 0xFF, bytes);
-  result = from(tensor);
+void forget_contents(AtenTensorHandle tensor) {
+  int64_t bytes = 0;
+  void* data = nullptr;
+  if (aoti_torch_get_storage_size(tensor, &bytes) == AOTI_TORCH_SUCCESS && bytes > 0 &&
+      aoti_torch_get_data_ptr(tensor, &data) == AOTI_TORCH_SUCCESS)
+    std::memset(data, 0xFF, static_cast<size_t>(bytes));
 }
 
 }  // namespace
@@ -170,9 +171,14 @@ AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) {
 
 AOTITorchError torch_call_dispatcher(const char* op, const char* overload, StableIValue* stack, uint64_t version) {
   if (!std::strcmp(op, "aten::mm") && !std::strcmp(overload, "dtype_out")) return multiply_wide(stack, version);
-  const AOTITorchError error = call_pytorch(op, overload, stack, version);
-  if (error == AOTI_TORCH_SUCCESS && (!std::strcmp(op, "aten::new_empty") || !std::strcmp(op, "aten::empty")))
-    forget_contents(stack[0]);
+  return call_pytorch(op, overload, stack, version);
+}
+
+AOTITorchError aoti_torch_empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype,
+                                        int32_t device_type, int32_t device_index, AtenTensorHandle* fresh) {
+  static auto* const function = original<decltype(aoti_torch_empty_strided)>("aoti_torch_empty_strided");
+  const AOTITorchError error = function(dims, sizes, strides, dtype, device_type, device_index, fresh);
+  if (error == AOTI_TORCH_SUCCESS) forget_contents(*fresh);
   return error;
 }
 
