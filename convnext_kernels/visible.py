@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .operators import _arguments as arguments
-from .operators import convnext_block, depthwise_conv2d, layer_norm_mlp
+from .operators import convnext_block, layer_norm_mlp
 from .operators.block import mlp_parameters
+from .operators.depthwise_conv import check_convolution, strided_as
 
 __all__ = ["VisiblePatches", "run_operator"]
 
@@ -100,14 +101,19 @@ class VisiblePatches:
 
     def unpack(self, patches: Tensor) -> Tensor:
         """Feature maps (N, C, rows * h, columns * w) of visible patches (N * K, C, h, w): zeros where it is masked."""
+        self.check_patches("VisiblePatches.unpack", "patches", patches)
         (n, visible), (rows, columns) = self.index.shape, self.grid
-        if patches.dim() != 4 or patches.shape[0] != n * visible:
-            expected = f"shape ({n} * {visible}, C, h, w)"
-            arguments.wrong_value("VisiblePatches.unpack", "patches", expected, f"shape {tuple(patches.shape)}")
         _, channels, h, w = patches.shape
         lines = patches.permute(0, 2, 3, 1).reshape(n * visible * h, w * channels)
         lines = _Put.apply(lines, self._lines_of(h), n * rows * h * columns)
         return lines.view(n, rows * h, columns * w, channels).permute(0, 3, 1, 2)
+
+    def check_patches(self, operator: str, argument: str, patches: Tensor) -> None:
+        """Raises ValueError where there are not as many patches as are visible."""
+        n, visible = self.index.shape
+        if patches.dim() != 4 or patches.shape[0] != n * visible:
+            expected = f"shape ({n} * {visible}, C, h, w)"
+            arguments.wrong_value(operator, argument, expected, f"shape {tuple(patches.shape)}")
 
     def _lines_of(self, height: int) -> Tensor:
         """Where the lines of the visible patches stand among those of the whole maps, in channels-last memory.
@@ -160,6 +166,54 @@ class _Put(torch.autograd.Function):
         return _Take.apply(grad, *ctx.saved_tensors), None, None
 
 
+class _Convolution(torch.autograd.Function):
+    """The depthwise convolution of the maps that `lines` of visible patches stand in, at those again.
+
+    Keeps the lines: the maps, most of which is zero, are made again in backward.
+    """
+
+    @staticmethod
+    def forward(
+        lines: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, shape: tuple[int, int, int]
+    ) -> Tensor:
+        y = torch.ops.convnext_kernels.depthwise_conv2d(_maps(lines, weight, index, shape), weight, bias, 1, None)
+        return _lines(y, lines).index_select(0, index)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        lines, weight, bias, index, ctx.shape = inputs
+        ctx.save_for_backward(lines, weight, index)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        lines, weight, index = ctx.saved_tensors
+        needs_lines, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        operators = torch.ops.convnext_kernels
+        grad = _maps(grad, weight, index, ctx.shape)
+        dlines = dweight = dbias = None
+        if needs_lines:
+            dx = operators.depthwise_conv2d_input_grad(grad, weight, None, 1, [0, 0], None)
+            dlines = _lines(dx, lines).index_select(0, index)
+        if needs_weight or needs_bias:
+            x = _maps(lines, weight, index, ctx.shape)
+            dweight, dbias = operators.depthwise_conv2d_weight_grad(grad, x, weight.shape[-1], 1, None)
+            dweight = strided_as(weight, dweight.to(weight.dtype)) if needs_weight else None
+            dbias = dbias.to(ctx.bias_dtype) if needs_bias else None
+        return dlines, dweight, dbias, None, None
+
+
+def _maps(lines: Tensor, weight: Tensor, index: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    n, height, width = shape
+    count = n * height * width * weight.shape[0] // lines.shape[1]
+    maps = lines.new_zeros(count, lines.shape[1]).index_copy_(0, index, lines)
+    return maps.view(n, height, width, weight.shape[0]).permute(0, 3, 1, 2)
+
+
+def _lines(maps: Tensor, like: Tensor) -> Tensor:
+    return maps.permute(0, 2, 3, 1).reshape(-1, like.shape[1])
+
+
 def run_operator(
     x: Tensor,
     visible: VisiblePatches | None,
@@ -184,13 +238,18 @@ def run_operator(
         arguments.wrong_value("convnext_block", "backend", "None with visible patches (see use_backend)", repr(backend))
     conv_weight, conv_bias, *parameters, sample_scale = tensors
     parameters = mlp_parameters("convnext_block", *parameters)
-    arguments.check_image("convnext_block", "x", x)
+    check_convolution("convnext_block", x, conv_weight, conv_bias, 1, prefix="conv_")
+    visible.check_patches("convnext_block", "x", x)
+    convolution = {"conv_weight": conv_weight, "conv_bias": conv_bias}
+    arguments.check_device("convnext_block", x, **convolution)
+    autocast = arguments.autocast_dtype(x)
+    arguments.check_dtypes("convnext_block", x.dtype, autocast is not None, **convolution)
     samples, patches = visible.index.shape
     _, channels, h, w = x.shape
     rows = (samples, patches * h * w, channels)
-    compute = arguments.autocast_dtype(x) or x.dtype
-    z = visible.pack(depthwise_conv2d(visible.unpack(x.to(compute)), conv_weight, conv_bias))
     residual = x.permute(0, 2, 3, 1).reshape(rows)
-    z = z.permute(0, 2, 3, 1).reshape(rows)
-    y = layer_norm_mlp(z, residual, *parameters.values(), sample_scale, **options)
+    lines = residual.to(autocast or x.dtype).reshape(samples * patches * h, w * channels)
+    shape = (samples, visible.grid[0] * h, visible.grid[1] * w)
+    z = _Convolution.apply(lines, conv_weight, conv_bias, visible._lines_of(h), shape)
+    y = layer_norm_mlp(z.view(rows), residual, *parameters.values(), sample_scale, **options)
     return y.view(samples * patches, h, w, channels).permute(0, 3, 1, 2)
