@@ -43,8 +43,9 @@ class FCMAE(nn.Module):
 
     GRN's norms run over the visible patches of one image, as in the paper's algorithm 1 and its masked form for JAX
     (facebookresearch/ConvNeXt-V2, TRAINING.md); the official PyTorch code takes them over the whole batch. Parameters
-    beyond the encoder's last block (its norm, its head) take no part and get no gradient. The encoder's parts are
-    called one by one: what its stages do besides, gradient checkpointing for one, is not done.
+    beyond the encoder's last block (its norm, its head) take no part and get no gradient: DistributedDataParallel needs
+    ``static_graph=True``, or these frozen. The encoder's parts are called one by one: what its stages do besides,
+    gradient checkpointing for one, is not done.
 
     Args:
         encoder: a ConvNeXt of timm, torchvision, transformers or the official code, fused or not, or an
@@ -154,14 +155,14 @@ class FCMAE(nn.Module):
         return self.pred(self.decoder(x))
 
     def loss(self, images: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:
-        """The mean square error, in fp32 (fp64 for fp64), over the pixels of the masked patches."""
+        """The mean square error, in fp32 (fp64 for fp64), over the pixels of the masked patches; 0 where none is."""
         dtype = torch.promote_types(prediction.dtype, torch.float32)
         target = self.patchify(images).to(dtype)
         if self.normalize_target:
             variance, mean = torch.var_mean(target, dim=1, keepdim=True)
             target = (target - mean) / (variance + 1e-6).sqrt()
         error = (prediction.to(dtype) - target).square().mean(dim=1)
-        return (error * mask).sum() / mask.sum()
+        return (error * mask).sum() / mask.sum().clamp(min=1)
 
     def patchify(self, images: Tensor) -> Tensor:
         """Images (N, image_channels, H, W) laid out as predictions are."""
@@ -198,13 +199,20 @@ def _walk(module: nn.Module) -> Iterator[nn.Module]:
         if not isinstance(module, (nn.Identity, nn.ModuleList, nn.Sequential)):
             yield module
         return
-    if has_hooks(module):
+    if has_hooks(module) and not _only_captures(module):
         raise ValueError(f"FCMAE: argument 'encoder': its {type(module).__name__} has hooks, which would not run")
     if {"downsample_layers", "stages"} <= module._modules.keys():
         # The official model has a list of each and takes from them in turn.
         children = [part for pair in zip(module.downsample_layers, module.stages) for part in pair]
     for child in children:
         yield from _walk(child)
+
+
+def _only_captures(module: nn.Module) -> bool:
+    """Whether its hooks are those by which transformers' models hand on hidden states: they change nothing."""
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks or "forward" in vars(module):
+        return False
+    return all(hook.__module__ == "transformers.utils.output_capturing" for hook in module._forward_hooks.values())
 
 
 def _is_block(module: nn.Module) -> bool:

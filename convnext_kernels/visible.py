@@ -57,7 +57,9 @@ class VisiblePatches:
         if not 0 < visible < patches:
             expected = f"a ratio that masks some of {grid[0]} x {grid[1]} patches, not all"
             arguments.wrong_value("VisiblePatches.random", "mask_ratio", expected, mask_ratio)
-        noise = torch.rand(samples, patches, device=device, generator=generator)
+        # Not generator=None: torch.compile takes an overload for it that knows no sizes that vary.
+        chosen = {} if generator is None else {"generator": generator}
+        noise = torch.rand(samples, patches, device=device, **chosen)
         return cls(noise.argsort(dim=1)[:, :visible].sort(dim=1).values, tuple(grid))
 
     @classmethod

@@ -303,6 +303,20 @@ def test_the_output_can_be_changed_in_place(change, backend):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_what_backward_needs_not_can_be_changed_before_it():
+    """The convolution's bias, as in eager; the other parameters' old values are needed there, and that is an error."""
+    block = ck.FusedConvNeXtBlock(8, layer_scale_init_value=1.0)
+    for name, parameter in block.named_parameters():
+        loss = block(torch.randn(2, 8, 6, 6)).sum()
+        with torch.no_grad():
+            parameter.add_(1)
+        if name == "dwconv.bias":
+            loss.backward()
+        else:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+
+
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
 def test_gradients_have_the_parameters_strides(format):
     """DistributedDataParallel compares them with its buckets'."""

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torchvision
+import transformers
 from sklearn.datasets import load_sample_images
 from torch import nn
 from torch.nn import functional as F
@@ -209,6 +210,32 @@ def test_compiles_without_graph_break():
     expected.loss.backward()
     for name, gradient in ours.items():
         torch.testing.assert_close(gradient, model.get_parameter(name).grad)
+
+
+def test_compiles_for_batches_of_any_size():
+    torch._dynamo.reset()
+    compiled = torch.compile(FCMAE(randomize(timm_v2()), decoder_dim=8), fullgraph=True, backend="aot_eager")
+    for n in (4, 3, 2):
+        assert compiled(pictures(n, dtype=torch.float32)).mask.shape == (n, *GRID)
+
+
+def test_no_images_have_no_loss():
+    mae = FCMAE(randomize(timm_v2()), decoder_dim=8)
+    loss = mae(torch.zeros(0, 3, 64, 96)).loss
+    loss.backward()
+    assert loss == 0
+    assert all(p.grad is None or p.grad.isfinite().all() for p in mae.parameters())
+
+
+def test_hidden_states_that_a_model_hands_on_are_no_hindrance():
+    """transformers' backbones collect them by hooks on the stages."""
+    config = transformers.ConvNextV2Config(hidden_sizes=[8] * 4, depths=[1] * 4)
+    encoder = transformers.ConvNextV2Backbone(config)
+    assert any(module._forward_hooks for module in encoder.modules())
+    FCMAE(encoder, decoder_dim=8)(pictures(dtype=torch.float32)).loss.backward()
+    encoder.encoder.stages[1].register_forward_hook(lambda *arguments: None)
+    with pytest.raises(ValueError, match="its ConvNextV2Stage has hooks"):
+        FCMAE(encoder)
 
 
 def test_masked_rows_are_not_kept():

@@ -18,7 +18,7 @@ from ..reference_backend import accumulation_dtype
 from . import _arguments as arguments
 from ._registration import composed, dense_channels_last, differentiate, differentiate_once, fake
 from .depthwise_conv import check_convolution, strided_as
-from .mlp import branch_dtype, check_mlp, mask_of, parameter_grads
+from .mlp import branch_dtype, check_mlp, dtypes_of, mask_of, parameter_grads
 
 __all__ = ["ConvNeXtBlockFunction", "convnext_block"]
 
@@ -143,26 +143,26 @@ class ConvNeXtBlockFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, *parameters, sample_scale = inputs[:13]
+        x, conv_weight, conv_bias, *parameters, sample_scale = inputs[:13]
         _, x_copy, z, mean, rstd, hidden = output
         ctx.approximate = inputs[14]
         ctx.backend = inputs[18] if len(inputs) > 18 else None
         ctx.not_differentiable = len(inputs) - 12
         ctx.x_dtype = x.dtype
+        ctx.dtypes = dtypes_of((conv_weight, conv_bias, *parameters))
         ctx.mark_non_differentiable(mean, rstd, hidden)
         # The public function drops every result but the first: no zeros in place of their gradients.
         ctx.set_materialize_grads(False)
         saved_x = x if x.dtype == z.dtype else x_copy
-        ctx.save_for_backward(saved_x, z, mean, rstd, hidden, sample_scale, *parameters)
+        ctx.save_for_backward(saved_x, z, mean, rstd, hidden, sample_scale, conv_weight, *parameters)
 
     @staticmethod
     def backward(
         ctx: Any, grad: Tensor | None, grad_x_copy: Tensor | None, grad_z: Tensor | None, *_: Any
     ) -> tuple[Tensor | None, ...]:
-        x, z, mean, rstd, hidden, sample_scale, *parameters = ctx.saved_tensors
+        x, z, mean, rstd, hidden, sample_scale, conv_weight, *parameters = ctx.saved_tensors
         needs_x, *needs = ctx.needs_input_grad[:12]
-        conv_weight, _, *others = parameters
-        dx, dparameters = None, [None] * len(parameters)
+        dx, dparameters = None, [None] * len(needs)
         if grad is not None:
             dx, *dparameters = torch.ops.convnext_kernels.convnext_block_backward(
                 grad.contiguous(memory_format=torch.channels_last),
@@ -172,7 +172,7 @@ class ConvNeXtBlockFunction(torch.autograd.Function):
                 rstd,
                 hidden,
                 conv_weight,
-                *others,
+                *parameters,
                 sample_scale,
                 ctx.approximate,
                 ctx.x_dtype,
@@ -195,7 +195,7 @@ class ConvNeXtBlockFunction(torch.autograd.Function):
             dparameters[0] = strided_as(conv_weight, dparameters[0])
         return (
             dx if needs_x else None,
-            *parameter_grads(parameters, dparameters, needs),
+            *parameter_grads(ctx.dtypes, dparameters, needs),
             *(None,) * ctx.not_differentiable,
         )
 

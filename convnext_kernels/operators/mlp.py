@@ -137,7 +137,7 @@ class LayerNormMlpFunction(torch.autograd.Function):
         return (
             dz if needs_z else None,
             grad.to(ctx.residual_dtype) if needs_residual else None,
-            *parameter_grads(parameters, dparameters, needs),
+            *parameter_grads(dtypes_of(parameters), dparameters, needs),
             *(None,) * 5,
         )
 
@@ -147,10 +147,13 @@ def mask_of(needs: Any) -> int:
     return sum(1 << i for i, needed in enumerate(needs) if needed)
 
 
-def parameter_grads(parameters: Any, grads: Any, needs: Any) -> list[Tensor | None]:
+def dtypes_of(parameters: Any) -> list[torch.dtype | None]:
+    return [None if parameter is None else parameter.dtype for parameter in parameters]
+
+
+def parameter_grads(dtypes: list[torch.dtype | None], grads: Any, needs: Any) -> list[Tensor | None]:
     """Gradients in the parameters' dtypes; None where none was asked for or computed."""
-    wanted = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
-    return cast(wanted, [None if parameter is None else parameter.dtype for parameter in parameters])
+    return cast([grad if needed else None for grad, needed in zip(grads, needs, strict=True)], dtypes)
 
 
 differentiate("layer_norm_mlp", LayerNormMlpFunction, partial(backends.call, "layer_norm_mlp"))
