@@ -469,7 +469,7 @@ def test_bias_gelu_gives_the_same_bits_for_any_number_of_threads(dtype):
 def test_every_capability(capability):
     """The numerics again in a process that runs the kernels compiled for another instruction set."""
     files = [__file__, str(Path(__file__).with_name("test_layer_norm_cpu.py"))]
-    tests = "all_16_bit or gelu_in_fp32 or every_channel_count or several_chunks"
+    tests = "all_16_bit or gelu_in_fp32 or every_channel_count or several_chunks or equal_values"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", tests]
     environment = {**os.environ, "CONVNEXT_KERNELS_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

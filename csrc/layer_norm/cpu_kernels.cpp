@@ -18,7 +18,8 @@ CK_INLINE void normalise_row(int64_t channels, const X* x, A mean, A rstd, const
 
 // In longer rows, of values that are not rounded to 16 bits, a second look is taken at the mean: of all but equal
 // values nothing would be seen but what the first sum's own rounding has left in it.
-constexpr int64_t kShortRow = 128;
+template <class A>
+constexpr int64_t kShortRow = 8 * kLanes<A>;
 
 template <class X, class Y>
 void forward_as(int64_t rows, int64_t channels, double eps, const X* x, const void* weights, const void* biases, Y* y,
@@ -32,7 +33,7 @@ void forward_as(int64_t rows, int64_t channels, double eps, const X* x, const vo
     for_columns<A>(channels, [&](int64_t c, auto part) { sum += load(x + c, part); });
     A mean = horizontal_sum<A>(sum) / count, correction = 0;
     // A pass of its own for the variance: E[x^2] - E[x]^2 would cancel.
-    if (sizeof(X) == sizeof(A) && channels > kShortRow) {
+    if (sizeof(X) == sizeof(A) && channels > kShortRow<A>) {
       Vector<A> rest{};
       for_columns<A>(channels, [&](int64_t c, auto part) {
         const Vector<A> centred = existing<A>(load(x + c, part) - mean, part);
