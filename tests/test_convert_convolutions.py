@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from convnext_kernels import fuse, fusion_report, unfuse
 from model_families import assert_same, randomize, results, timm_model
-from models_facebook import DropPath
+from models_facebook import Block, DropPath
 
 
 class InvertedBottleneck(nn.Module):
@@ -199,3 +199,15 @@ def test_a_single_image_copies_and_portable_graphs():
     with torch.autocast("cpu", torch.bfloat16):
         assert model(x).dtype == torch.bfloat16
     assert model(x).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("layer", ["convolution", "block"])
+def test_a_result_can_be_changed_in_place(layer, device):
+    model = covered() if layer == "convolution" else nn.Sequential(Block(8))
+    fuse(model.append(nn.ReLU(inplace=True)), convolutions=True).to(device)
+    x = torch.randn(2, 8, 9, 9, device=device)
+    y = model(x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    y.sum().backward()
+    assert all(parameter.grad.shape == parameter.shape for parameter in model.parameters())

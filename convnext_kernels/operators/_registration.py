@@ -41,9 +41,12 @@ def fake(operator: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def dense_channels_last(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An empty (N, C, H, W) tensor whose memory runs N, H, W, C: what every operator returns."""
+    """An empty (N, C, H, W) tensor whose memory runs N, H, W, C: what every operator returns.
+
+    No permuted one: a view that an autograd.Function returns could not be changed in place.
+    """
     n, c, h, w = shape
-    return like.new_empty((n, h, w, c), dtype=dtype).permute(0, 3, 1, 2)
+    return like.new_empty_strided((n, c, h, w), (h * w * c, 1, w * c, c), dtype=dtype)
 
 
 def _requires_grad(arguments: tuple[Any, ...]) -> bool:
