@@ -14,6 +14,7 @@ import torch.nn.utils.prune
 import torchvision
 from timm.models.convnext import ConvNeXtBlock
 from torch import nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.nn import functional as F
 
 from convnext_kernels import FusedConvNeXtBlock, ReferenceConvNeXtBlock, fuse, fusion_report, unfuse
@@ -274,6 +275,19 @@ def test_meta_device_and_materialising():
     assert model(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, CLASSES)
     model.to_empty(device="cpu").load_state_dict(randomize(timm_model()).state_dict())
     assert_same(results(model, images()), results(randomize(timm_model()), images()))
+
+
+def test_under_a_fake_tensor_mode():
+    model, mode = randomize(timm_model()), FakeTensorMode()
+    with FakeCopyMode(mode):
+        fake = copy.deepcopy(model)
+    expected = results(model, images())
+    with mode:
+        assert counts(fuse(model)) == counts(fuse(fake)) == (BLOCKS, NORMS)
+        y = fake(torch.empty(2, 3, 64, 64))
+    assert y.shape == (2, CLASSES)
+    assert fused_nodes(y) == BLOCKS
+    assert_same(results(model, images()), expected)
 
 
 def test_functional_call():

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..backends import checked
 from ..block import FusedConvNeXtBlock
@@ -68,6 +69,7 @@ class _Finding(NamedTuple):
     plan: Any
 
 
+@_disable_current_modes()  # trials compare values, which a FakeTensorMode has none of
 def _survey(model: nn.Module, convolutions: bool) -> list[_Finding]:
     """All of the model's blocks and norms, and its other depthwise convolutions: all of these too, or the fused."""
     trials: dict[Any, str] = {}
