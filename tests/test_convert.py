@@ -363,6 +363,16 @@ def test_portable_graphs_hold_the_original_forward():
     torch.testing.assert_close(traced(x), expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+def test_scripting_says_what_to_do():
+    model = fuse(randomize(FAMILIES["torchvision"]())).eval()
+    with pytest.raises(RuntimeError, match=r"a FusedLayerNorm2d cannot be scripted; unfuse\(model\) first, or script"):
+        torch.jit.script(model)
+    assert counts(model) == (BLOCKS, NORMS)
+    scripted = torch.jit.script(unfuse(copy.deepcopy(model)))
+    torch.testing.assert_close(scripted(images()), model(images()))
+
+
 def test_export_records_the_operators():
     model = fuse(randomize(timm_model())).eval()
     program = torch.export.export(model, (images(),))

@@ -143,6 +143,7 @@ def fuse(
     the block and optimizer; only their class changes, to a subclass of what it was. Fused models can be trained,
     moved, copied, pickled, compiled and loaded into like any other. ONNX export, ``torch.jit.trace`` and ``torch.fx``
     record the original forward, so that their graphs do not need this package; ``torch.export`` records our operators.
+    ``torch.jit.script`` needs :func:`unfuse`.
 
     A block that the kernels do not cover, or whose inner modules carry hooks, parametrizations or adapters, is left
     alone with a warning; :func:`fusion_report` lists all with the reasons. A part that is replaced or hooked after

@@ -40,6 +40,13 @@ class Fused:
         state = super().__reduce_ex__(protocol)[2]
         return _new_instance, (_behaviour(type(self)), self._original_class), state
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        # Called by torch.jit.script. A module returned instead would stay in its parent afterwards, unnoticed.
+        raise RuntimeError(
+            f"torch.jit.script: a {type(self).__name__} cannot be scripted; unfuse(model) first, or script "
+            "unfuse(copy.deepcopy(model))"
+        )
+
 
 @functools.cache
 def _fused_class(behaviour: type[Fused], original: type[nn.Module]) -> type:
