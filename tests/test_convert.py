@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import io
 import pickle
 import warnings
@@ -328,6 +329,36 @@ def test_stochastic_depth_of_whole_batches():
     expected = results(model, images(), seed=3)
     assert counts(fuse(model)) == (BLOCKS, NORMS)
     assert_same(results(model, images(), seed=3), expected)
+
+
+@family
+def test_the_input_can_be_given_by_its_name(make):
+    """As the original calls it: `input`, `features`, `hidden_states`."""
+    model = make()
+    layers = {}
+    hooks = [
+        model.get_submodule(entry.name).register_forward_pre_hook(
+            lambda layer, inputs: layers.update({layer: inputs[0]})
+        )
+        for entry in fusion_report(model)
+    ]
+    names = {layer: next(iter(inspect.signature(layer.forward).parameters)) for layer in model.modules()}
+    fuse(model)(images())
+    for hook in hooks:
+        hook.remove()
+    assert len(layers) == BLOCKS + NORMS
+    for layer, x in list(layers.items()):
+        expected = layer(x)
+        assert torch.equal(layer.forward(**{names[layer]: x}), expected)
+        assert torch.equal(layer.forward(x=x), expected)
+        with pytest.raises(TypeError, match=rf"\.forward\(\) is missing its argument '{names[layer]}'"):
+            layer.forward()
+        with pytest.raises(TypeError, match=r"\.forward\(\) got an unexpected argument 'other'"):
+            layer.forward(x, other=x)
+    torch._dynamo.reset()
+    block = blocks_of(model)[0]
+    compiled, x = torch.compile(block, fullgraph=True, backend="eager"), layers[block]
+    torch.testing.assert_close(compiled(**{names[block]: x}), block(x))
 
 
 def test_hooks_on_a_block_itself_still_run():

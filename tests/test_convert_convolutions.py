@@ -190,6 +190,9 @@ def test_a_single_image_copies_and_portable_graphs():
     x = torch.randn(2, 8, 9, 9)
     expected = unfuse(copy.deepcopy(model))(x)
     torch.testing.assert_close(model(x[0]), expected[0])
+    torch.testing.assert_close(model[0](input=x), expected)
+    torch.testing.assert_close(model[0](input=x[0]), expected[0])
+    torch.testing.assert_close(torch.fx.symbolic_trace(model[0])(x), expected)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert fusion_report(other)[0].fused
         assert torch.equal(other(x), model(x))

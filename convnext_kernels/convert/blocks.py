@@ -25,7 +25,17 @@ from .inspection import (
 )
 from .layouts import Layout, find_layout, known_class
 from .norms import plan_norm, trial_tolerance
-from .swap import Fused, attributes_of, has_hooks, is_traced, log_unfused, original_class, settings_of
+from .swap import (
+    Fused,
+    attributes_of,
+    has_hooks,
+    is_traced,
+    log_unfused,
+    original_class,
+    pop_input,
+    settings_of,
+    unexpected,
+)
 
 __all__ = ["BlockPlan", "FusedBlock", "plan_block"]
 
@@ -57,9 +67,13 @@ class FusedBlock(Fused):
     or set differently (an adapter, pruning, dilation), the original forward runs instead, which is logged once.
     """
 
-    def forward(self, x: Tensor, visible: VisiblePatches | None = None) -> Tensor:
+    def forward(self, x: Tensor | None = None, visible: VisiblePatches | None = None, **named: Tensor) -> Tensor:
+        if x is None:
+            x = pop_input(self, named)
         if visible is None and is_traced(x):
             return super().forward(x)
+        if named:
+            raise unexpected(self, named)
         plan = self._fused_plan
         modules = _find(self, plan.parts)
         reason = _find_change(modules, plan.parts)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..operators import depthwise_conv2d
 from ..reference import KERNEL_SIZES
 from .inspection import NotCoveredError, check_tensors
-from .swap import Fused, is_traced, log_unfused, original_class, settings_of
+from .swap import Fused, is_traced, log_unfused, original_class, pop_input, settings_of, unexpected
 
 __all__ = ["FusedConvolution", "check_convolution", "find_convolutions", "plan_convolution"]
 
@@ -23,8 +23,14 @@ class FusedConvolution(Fused):
     (dilation, say), it runs as before, which is logged once.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        if is_traced(x) or x.dim() != 4:  # PyTorch's takes a single image too
+    def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
+        if x is None:
+            x = pop_input(self, named)
+        if is_traced(x):
+            return super().forward(x)
+        if named:
+            raise unexpected(self, named)
+        if x.dim() != 4:  # PyTorch's takes a single image too
             return super().forward(x)
         if self.is_changed():
             if not torch.compiler.is_compiling():

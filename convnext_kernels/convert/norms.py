@@ -14,7 +14,7 @@ from ..operators import layer_norm
 from ..operators._arguments import autocast_dtype
 from .inspection import NotCoveredError, agrees, check_tensors, random_input, random_twin, try_forward
 from .layouts import CONVNEXT_FILES
-from .swap import Fused, is_traced, original_class
+from .swap import Fused, is_traced, original_class, pop_input, unexpected
 
 __all__ = ["FusedNorm", "NormPlan", "find_norms", "is_convnext", "plan_norm", "trial_tolerance"]
 
@@ -46,9 +46,13 @@ class NormPlan:
 class FusedNorm(Fused):
     """A LayerNorm over the channels that runs :func:`convnext_kernels.layer_norm`."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
+        if x is None:
+            x = pop_input(self, named)
         if is_traced(x):
             return super().forward(x)
+        if named:
+            raise unexpected(self, named)
         plan, weight = self._fused_plan, self.weight
         out_dtype = plan.out_dtype(x, weight)
         return layer_norm(x, weight, self.bias, self.eps, channels_first=plan.channels_first, out_dtype=out_dtype)

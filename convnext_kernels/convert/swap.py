@@ -7,6 +7,7 @@ reference to the module stay what they are; ``isinstance`` still holds; going ba
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from typing import Any
 
@@ -21,9 +22,11 @@ __all__ = [
     "is_traced",
     "log_unfused",
     "original_class",
+    "pop_input",
     "restore",
     "settings_of",
     "swap",
+    "unexpected",
 ]
 
 
@@ -31,9 +34,13 @@ logger = logging.getLogger("convnext_kernels")
 
 
 class Fused:
-    """First base of every swapped class. `_fused_plan` on the instance says how to run it."""
+    """First base of every swapped class. `_fused_plan` on the instance says how to run it.
+
+    `_input_name` is what the original's forward calls its input. Ours calls it x, and takes it by either name.
+    """
 
     _original_class: type[nn.Module]
+    _input_name: str
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time and has no importable name: deepcopy and pickle make it anew.
@@ -50,7 +57,13 @@ class Fused:
 
 @functools.cache
 def _fused_class(behaviour: type[Fused], original: type[nn.Module]) -> type:
-    namespace = {"__module__": behaviour.__module__, "__doc__": behaviour.__doc__, "_original_class": original}
+    _, *names = inspect.signature(original.forward).parameters
+    namespace = {
+        "__module__": behaviour.__module__,
+        "__doc__": behaviour.__doc__,
+        "_original_class": original,
+        "_input_name": names[0] if names else "x",
+    }
     return type(f"Fused{original.__name__}", (behaviour, original), namespace)
 
 
@@ -78,6 +91,17 @@ def restore(module: nn.Module) -> None:
         del module.forward
     module.__class__ = module._original_class
     del module._fused_plan
+
+
+def pop_input(module: Fused, named: dict[str, Any]) -> Any:
+    """The input of a call that names it as the original does; `named` is left with what no forward takes."""
+    if module._input_name not in named:
+        raise TypeError(f"{type(module).__name__}.forward() is missing its argument '{module._input_name}'")
+    return named.pop(module._input_name)
+
+
+def unexpected(module: Fused, named: dict[str, Any]) -> TypeError:
+    return TypeError(f"{type(module).__name__}.forward() got an unexpected argument '{next(iter(named))}'")
 
 
 def extended(module: nn.Module) -> bool:
