@@ -14,8 +14,10 @@ import torchvision
 from timm.models.convnext import ConvNeXtBlock
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules import module as module_hooks
+from torch.utils.flop_counter import FlopCounterMode
 
-from convnext_kernels import fuse, fusion_report, unfuse
+from convnext_kernels import VisiblePatches, fuse, fusion_report, unfuse
 from convnext_kernels.convert.swap import log_unfused
 from model_families import (
     BLOCKS,
@@ -198,6 +200,71 @@ def test_the_change_is_logged_once(caplog):
         model(images())
     (message,) = [record.message for record in caplog.records if "unfused" in record.message]
     assert message.startswith("FusedConvNeXtBlock runs unfused: since it was fused, its 'mlp.fc2' has got hooks")
+
+
+# --- hooks on all modules
+
+GLOBAL_HOOKS = {
+    "forward_pre": lambda seen: module_hooks.register_module_forward_pre_hook(lambda m, x: seen.append(m)),
+    "forward": lambda seen: module_hooks.register_module_forward_hook(lambda m, x, y: seen.append(m)),
+    "backward_pre": lambda seen: module_hooks.register_module_full_backward_pre_hook(lambda m, y: seen.append(m)),
+    "backward": lambda seen: module_hooks.register_module_full_backward_hook(lambda m, x, y: seen.append(m)),
+}
+
+
+@pytest.mark.parametrize("register", GLOBAL_HOOKS.values(), ids=GLOBAL_HOOKS.keys())
+def test_a_hook_on_all_modules_sees_what_it_saw(register, caplog):
+    log_unfused.cache_clear()
+    model = randomize(timm_model())
+    x, seen, expected = images().requires_grad_(), [], []
+    with register(expected):
+        unfused = results(model, x)
+    fuse(model)
+    with register(seen), caplog.at_level(logging.WARNING, "convnext_kernels"):
+        hooked = results(model, x)
+        reasons = {entry.reason for entry in fusion_report(model) if entry.kind == "block"}
+    assert seen == expected
+    assert reasons == {"runs unfused: a hook on all modules is registered"}
+    assert caplog.text.count("FusedConvNeXtBlock runs unfused: a hook on all modules is registered") == 1
+    assert_same(hooked, unfused)
+    assert not any(entry.reason for entry in fusion_report(model))
+    assert model.stages[0].blocks[0](torch.randn(2, DIMS[0], 8, 8)).grad_fn.name() == "ConvNeXtBlockFunctionBackward"
+
+
+@pytest.mark.parametrize("make", [timm_model, FAMILIES["torchvision"]])
+def test_floating_point_operations_are_counted(make):
+    counted = []
+    model = make()
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter:
+            model(images()).sum().backward()
+        counted.append(counter.get_flop_counts())
+        fuse(model)
+    unfused, fused = [{key.replace("Fused", ""): flops for key, flops in counts.items()} for counts in counted]
+    assert fused == unfused
+    assert len(fused) > BLOCKS * 5
+
+
+def test_visible_patches_under_a_hook_on_all_modules():
+    block = fuse(randomize(Block(8)))
+    visible = VisiblePatches(torch.tensor([[0, 3], [1, 2]]), (2, 2))
+    x = torch.randn(4, 8, 4, 4)
+    expected = block(x, visible)
+    with GLOBAL_HOOKS["forward"]([]):
+        assert torch.equal(block(x, visible), expected)
+
+
+def test_a_compiled_block_under_a_hook_on_all_modules():
+    torch._dynamo.reset()
+    block, seen = fuse(randomize(Block(8))), []
+    compiled = torch.compile(block.forward, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 8, 6, 6)
+    expected = compiled(x)
+    with module_hooks.register_module_forward_hook(lambda m, x, y: seen.append(type(m))):
+        torch.testing.assert_close(compiled(x), expected)
+    assert seen == [nn.Conv2d, type(block.norm), nn.Linear, nn.GELU, nn.Linear, type(block.drop_path)]
+    del seen[:]
+    assert torch.equal(compiled(x), expected) and not seen
 
 
 # --- what is not covered

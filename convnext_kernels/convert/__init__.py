@@ -147,8 +147,8 @@ def fuse(
 
     A block that the kernels do not cover, or whose inner modules carry hooks, parametrizations or adapters, is left
     alone with a warning; :func:`fusion_report` lists all with the reasons. A part that is replaced or hooked after
-    fusing makes its block run the original forward, which is logged. Fusing again changes nothing but `recompute` and
-    `backend`.
+    fusing makes its block run the original forward, a hook on all modules makes all of them; that is logged. Fusing
+    again changes nothing but `recompute` and `backend`.
 
     Args:
         model: a model, or a block itself.

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .. import reference
 from ..operators._arguments import autocast_dtype
@@ -64,7 +65,8 @@ class FusedBlock(Fused):
     """A ConvNeXt block that runs as one operator.
 
     Everything is read from the original's own submodules at each call. If one of them has since been replaced, hooked
-    or set differently (an adapter, pruning, dilation), the original forward runs instead, which is logged once.
+    or set differently (an adapter, pruning, dilation), or a hook on all modules is registered, the original forward
+    runs instead, which is logged once. Visible patches take no notice of such a hook, as there is no forward for them.
     """
 
     def forward(self, x: Tensor | None = None, visible: VisiblePatches | None = None, **named: Tensor) -> Tensor:
@@ -76,7 +78,7 @@ class FusedBlock(Fused):
             raise unexpected(self, named)
         plan = self._fused_plan
         modules = _find(self, plan.parts)
-        reason = _find_change(modules, plan.parts)
+        reason = _find_change(modules, plan.parts) or (_find_global_hook() if visible is None else None)
         if reason is None:
             tensors = _tensors(self, plan, modules)
             reason = _find_mixture(x, tensors)
@@ -99,8 +101,8 @@ class FusedBlock(Fused):
 
 
 def find_change(block: nn.Module, plan: BlockPlan) -> str | None:
-    """What has become of a part since the block was fused, as a reason to run unfused; None if all is as it was."""
-    return _find_change(_find(block, plan.parts), plan.parts)
+    """What is not as it was when the block was fused, as a reason to run unfused; None if all is."""
+    return _find_change(_find(block, plan.parts), plan.parts) or _find_global_hook()
 
 
 # Positions in `BlockPlan.parts`, and in what `_find` returns for it.
@@ -132,6 +134,11 @@ def _find_change(modules: list[nn.Module | None], parts: tuple[Part, ...]) -> st
             if getattr(module, name) != value:
                 return f"since it was fused, the {name} of its '{'.'.join(path)}' has become {getattr(module, name)!r}"
     return None
+
+
+def _find_global_hook() -> str | None:
+    """Hooks of register_module_forward_hook and the like expect to see the parts' calls: FlopCounterMode's, say."""
+    return "a hook on all modules is registered" if _has_any_global_hook() else None
 
 
 def _find_mixture(x: Tensor, tensors: tuple[Tensor | None, ...]) -> str | None:
