@@ -15,6 +15,7 @@ from timm.models.convnext import ConvNeXtBlock
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules import module as module_hooks
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from convnext_kernels import VisiblePatches, fuse, fusion_report, unfuse
@@ -200,6 +201,130 @@ def test_the_change_is_logged_once(caplog):
         model(images())
     (message,) = [record.message for record in caplog.records if "unfused" in record.message]
     assert message.startswith("FusedConvNeXtBlock runs unfused: since it was fused, its 'mlp.fc2' has got hooks")
+
+
+# --- parameters of another class
+
+
+class Halved(torch.Tensor):
+    """Stands for half of what it holds, as a quantised weight stands for a multiple of it."""
+
+    @staticmethod
+    def __new__(cls, values):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, values.stride(), dtype=values.dtype)
+
+    def __init__(self, values):
+        self.values = values
+
+    def __repr__(self):
+        return "Halved"
+
+    def __tensor_flatten__(self):
+        return ["values"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, meta, size, stride):
+        return Halved(inner["values"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func.namespace != "aten":
+            raise NotImplementedError(f"Halved has no {func}")
+        if func is torch.ops.aten.detach.default:
+            return Halved(args[0].values)
+        halve = functools.partial(pytree.tree_map_only, Halved, lambda halved: halved.values / 2)
+        return func(*halve(args), **halve(kwargs or {}))
+
+
+class HalvedByFunction(torch.Tensor):
+    """The same by the older protocol, to which an operator's computation is hidden."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        halve = functools.partial(
+            pytree.tree_map_only, HalvedByFunction, lambda halved: halved.as_subclass(torch.Tensor) / 2
+        )
+        if func in (F.linear, F.conv2d, F.layer_norm):
+            return func(*halve(args), **halve(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def halve(layer, cls):
+    values = layer.weight.detach()
+    layer.weight = nn.Parameter(cls(values) if cls is Halved else values.as_subclass(cls), requires_grad=False)
+
+
+@pytest.mark.parametrize("cls", [Halved, HalvedByFunction])
+def test_parameters_that_compute_in_their_own_way(cls, caplog):
+    log_unfused.cache_clear()
+    model = randomize(timm_model()).eval()
+    model.features = nn.Conv2d(3, 3, 3, padding=1, groups=3)
+    paths = ["stages.1.blocks.0.mlp.fc1", "stages.2.downsample.0", "features"]
+    twin = copy.deepcopy(model)
+    fuse(model, convolutions=True)
+    for changed in (model, twin):
+        for path in paths:
+            halve(changed.get_submodule(path), cls)
+    x = images()
+    with caplog.at_level(logging.WARNING, "convnext_kernels"):
+        torch.testing.assert_close(model(model.features(x)), twin(twin.features(x)), rtol=1e-4, atol=1e-4)
+    unfused = {entry.name: entry.reason for entry in fusion_report(model) if entry.reason}
+    reason = f"runs unfused: it holds a {cls.__name__}, not an ordinary parameter"
+    assert unfused == dict.fromkeys(["stages.1.blocks.0", *paths[1:]], reason)
+    for name in ("FusedConvNeXtBlock", "FusedLayerNorm2d", "FusedConv2d"):
+        assert f"{name} {reason}" in caplog.text
+    if cls is Halved:  # dynamo has no as_subclass
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), twin(x), rtol=1e-4, atol=1e-4)
+    # Before fusing, it is the reason to leave them alone.
+    assert set(reasons(twin)) == {"stages.1.blocks.0"}
+    assert reasons(twin, "norm") == {
+        "stages.2.downsample.0": f"its 'weight' is a {cls.__name__}, not an ordinary parameter"
+    }
+
+
+class Named(nn.Parameter):
+    """Has a class of its own and computes as any other."""
+
+
+def test_parameters_of_a_class_that_does_nothing():
+    model = randomize(timm_model())
+    expected = results(model, images())
+    fuse(model)
+    block = model.stages[1].blocks[0]
+    block.mlp.fc1.weight = Named(block.mlp.fc1.weight.detach())
+    assert_same(results(model, images()), expected)
+    assert not any(entry.reason for entry in fusion_report(model))
+    assert counts(fuse(unfuse(model))) == (BLOCKS, NORMS)
+
+
+@pytest.fixture
+def mesh():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_and_distributed_parameters(mesh):
+    """FSDP gathers the shards for a call: it runs fused. A module distributed otherwise runs as it would unfused."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_module, distribute_tensor
+
+    x = torch.randn(2, 8, 6, 6)
+    model = randomize(nn.Sequential(Block(8), Block(8)))
+    expected = model(x)
+    sharded = fully_shard(fuse(copy.deepcopy(model)), mesh=mesh)
+    y = sharded(x)
+    assert y.grad_fn.name() == "ConvNeXtBlockFunctionBackward"
+    torch.testing.assert_close(y, expected)
+    y.sum().backward()
+    assert type(sharded[0].gamma).__name__ == "DTensor"
+    assert not any(entry.reason for entry in fusion_report(sharded))
+    distributed = distribute_module(fuse(model), mesh)
+    torch.testing.assert_close(distributed(distribute_tensor(x, mesh)).full_tensor(), expected)
 
 
 # --- hooks on all modules

@@ -112,11 +112,7 @@ def _look_at_norm(name: str, norm: nn.Module) -> _Finding:
 
 
 def _look_at_convolution(name: str, conv: nn.Module) -> _Finding:
-    finding = _look_at_layer(name, conv, "convolution", "torch", plan_convolution)
-    if isinstance(conv, FusedConvolution) and conv.is_changed():
-        reason = "runs unfused: since it was fused, it was set differently"
-        return finding._replace(entry=finding.entry._replace(reason=reason))
-    return finding
+    return _look_at_layer(name, conv, "convolution", "torch", plan_convolution)
 
 
 def _look_at_layer(name: str, layer: nn.Module, kind: str, family: str, plan_layer: Callable[..., Any]) -> _Finding:
@@ -125,7 +121,10 @@ def _look_at_layer(name: str, layer: nn.Module, kind: str, family: str, plan_lay
     except NotCoveredError as error:
         plan, reason = None, str(error)
     fused = isinstance(layer, Fused)
-    return _Finding(layer, FusionEntry(name, kind, family, fused, "" if fused else reason), plan)
+    if fused:
+        change = layer.find_change(in_call=False)
+        reason = f"runs unfused: {change}" if change else ""
+    return _Finding(layer, FusionEntry(name, kind, family, fused, reason), plan)
 
 
 def fuse(

@@ -29,6 +29,7 @@ from .norms import plan_norm, trial_tolerance
 from .swap import (
     Fused,
     attributes_of,
+    find_subclass,
     has_hooks,
     is_traced,
     log_unfused,
@@ -64,9 +65,10 @@ class BlockPlan:
 class FusedBlock(Fused):
     """A ConvNeXt block that runs as one operator.
 
-    Everything is read from the original's own submodules at each call. If one of them has since been replaced, hooked
-    or set differently (an adapter, pruning, dilation), or a hook on all modules is registered, the original forward
-    runs instead, which is logged once. Visible patches take no notice of such a hook, as there is no forward for them.
+    Everything is read from the original's own submodules at each call. If one of them has since been replaced, hooked,
+    quantised or set differently (an adapter, pruning, dilation), or a hook on all modules is registered, the original
+    forward runs instead, which is logged once. Visible patches take no notice of such a hook, as there is no forward
+    for them.
     """
 
     def forward(self, x: Tensor | None = None, visible: VisiblePatches | None = None, **named: Tensor) -> Tensor:
@@ -81,7 +83,7 @@ class FusedBlock(Fused):
         reason = _find_change(modules, plan.parts) or (_find_global_hook() if visible is None else None)
         if reason is None:
             tensors = _tensors(self, plan, modules)
-            reason = _find_mixture(x, tensors)
+            reason = find_subclass(*tensors) or _find_mixture(x, tensors)
         if reason is not None:
             if visible is not None:
                 raise RuntimeError(f"{type(self).__name__} cannot run on visible patches: {reason}")
@@ -102,7 +104,12 @@ class FusedBlock(Fused):
 
 def find_change(block: nn.Module, plan: BlockPlan) -> str | None:
     """What is not as it was when the block was fused, as a reason to run unfused; None if all is."""
-    return _find_change(_find(block, plan.parts), plan.parts) or _find_global_hook()
+    modules = _find(block, plan.parts)
+    return (
+        _find_change(modules, plan.parts)
+        or _find_global_hook()
+        or find_subclass(*_tensors(block, plan, modules), in_call=False)
+    )
 
 
 # Positions in `BlockPlan.parts`, and in what `_find` returns for it.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..operators import depthwise_conv2d
 from ..reference import KERNEL_SIZES
 from .inspection import NotCoveredError, check_tensors
-from .swap import Fused, is_traced, log_unfused, original_class, pop_input, settings_of, unexpected
+from .swap import Fused, find_subclass, is_traced, log_unfused, original_class, pop_input, settings_of, unexpected
 
 __all__ = ["FusedConvolution", "check_convolution", "find_convolutions", "plan_convolution"]
 
@@ -20,7 +20,7 @@ class FusedConvolution(Fused):
     """A depthwise convolution that runs :func:`convnext_kernels.depthwise_conv2d`.
 
     The result is channels-last in memory, whatever the input was. If the layer has since been set differently
-    (dilation, say), it runs as before, which is logged once.
+    (dilation, say) or its weight been quantised, it runs as before, which is logged once.
     """
 
     def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
@@ -32,14 +32,17 @@ class FusedConvolution(Fused):
             raise unexpected(self, named)
         if x.dim() != 4:  # PyTorch's takes a single image too
             return super().forward(x)
-        if self.is_changed():
+        reason = self.find_change()
+        if reason is not None:
             if not torch.compiler.is_compiling():
-                log_unfused(type(self).__name__, "since it was fused, it was set differently")
+                log_unfused(type(self).__name__, reason)
             return super().forward(x)
         return depthwise_conv2d(x, self.weight, self.bias, self.stride[0])
 
-    def is_changed(self) -> bool:
-        return settings_of(self) != self._fused_plan
+    def find_change(self, in_call: bool = True) -> str | None:
+        if settings_of(self) != self._fused_plan:
+            return "since it was fused, it was set differently"
+        return find_subclass(self.weight, self.bias, in_call=in_call)
 
 
 def find_convolutions(model: nn.Module, blocks: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:

@@ -14,10 +14,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ..operators._arguments import SUPPORTED_DTYPES
-from .swap import has_hooks
+from .swap import has_hooks, is_ordinary
 
 __all__ = [
     "NotCoveredError",
@@ -49,7 +48,7 @@ def check_tensors(module: nn.Module, expected: set[str]) -> None:
     if surplus:
         raise NotCoveredError(f"it holds '{surplus[0]}', which has no place in a ConvNeXt's")
     for name, parameter in parameters.items():
-        if type(parameter) not in (nn.Parameter, FakeTensor):
+        if not is_ordinary(type(parameter)):
             raise NotCoveredError(f"its '{name}' is a {type(parameter).__name__}, not an ordinary parameter")
         if parameter.dtype not in SUPPORTED_DTYPES:
             raise NotCoveredError(f"its '{name}' has dtype {parameter.dtype}")

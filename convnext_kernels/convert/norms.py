@@ -14,7 +14,7 @@ from ..operators import layer_norm
 from ..operators._arguments import autocast_dtype
 from .inspection import NotCoveredError, agrees, check_tensors, random_input, random_twin, try_forward
 from .layouts import CONVNEXT_FILES
-from .swap import Fused, is_traced, original_class, pop_input, unexpected
+from .swap import Fused, find_subclass, is_traced, log_unfused, original_class, pop_input, unexpected
 
 __all__ = ["FusedNorm", "NormPlan", "find_norms", "is_convnext", "plan_norm", "trial_tolerance"]
 
@@ -53,9 +53,17 @@ class FusedNorm(Fused):
             return super().forward(x)
         if named:
             raise unexpected(self, named)
+        reason = self.find_change()
+        if reason is not None:
+            if not torch.compiler.is_compiling():
+                log_unfused(type(self).__name__, reason)
+            return super().forward(x)
         plan, weight = self._fused_plan, self.weight
         out_dtype = plan.out_dtype(x, weight)
         return layer_norm(x, weight, self.bias, self.eps, channels_first=plan.channels_first, out_dtype=out_dtype)
+
+    def find_change(self, in_call: bool = True) -> str | None:
+        return find_subclass(self.weight, self.bias, in_call=in_call)
 
 
 _NORMS = {

@@ -13,12 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 __all__ = [
     "Fused",
     "attributes_of",
     "extended",
+    "find_subclass",
     "has_hooks",
+    "is_ordinary",
     "is_traced",
     "log_unfused",
     "original_class",
@@ -122,6 +126,30 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
+
+
+_ORDINARY_TYPES = frozenset((Tensor, nn.Parameter, type(None)))
+_ORDINARY_FUNCTIONS = (Tensor.__torch_function__.__func__, nn.Parameter.__torch_function__)
+
+
+def is_ordinary(cls: type) -> bool:
+    """Whether tensors of the class are what an operator takes: values, or what stands for them while tracing."""
+    if cls in _ORDINARY_TYPES or cls in (FakeTensor, FunctionalTensor):
+        return True
+    function = getattr(cls.__torch_function__, "__func__", cls.__torch_function__)
+    return cls.__torch_dispatch__ is Tensor.__torch_dispatch__ and function in _ORDINARY_FUNCTIONS
+
+
+def find_subclass(*tensors: Tensor | None, in_call: bool = True) -> str | None:
+    """A parameter that computes in its own way, a quantised one for instance, as a reason to run unfused.
+
+    Outside of a call no DTensor is one: FSDP puts an ordinary parameter in its place for the call.
+    """
+    for tensor in tensors:
+        cls = type(tensor)
+        if cls not in _ORDINARY_TYPES and not is_ordinary(cls) and (in_call or cls.__name__ != "DTensor"):
+            return f"it holds a {cls.__name__}, not an ordinary parameter"
+    return None
 
 
 def attributes_of(module: nn.Module) -> tuple[tuple[str, Any], ...]:
