@@ -153,7 +153,9 @@ def fuse(
         model: a model, or a block itself.
         norms: also run the LayerNorms of stem, downsampling and head through our operator.
         convolutions: also run every other depthwise convolution through it that it covers (kernel 3 to 11, stride 1 or
-            2, padding k // 2), in any network. Its result is channels-last: so should the model be.
+            2, padding k // 2), in any network. Its result is channels-last: so should the model be. Fold BatchNorm
+            (``torch.fx.experimental.optimization.fuse``, ``fuse_modules``) and quantize before fusing, or
+            :func:`unfuse` for it: those look layers up by their exact type.
         recompute: compute the hidden tensor again in backward; False keeps it, for more memory and less work.
         backend: what runs the blocks (:mod:`convnext_kernels.backends`); None follows ``use_backend`` at each call, as
             norms and convolutions always do.
