@@ -11,7 +11,7 @@ from torch import Tensor
 from .operators import _arguments as arguments
 from .operators import convnext_block, layer_norm_mlp
 from .operators.block import mlp_parameters
-from .operators.depthwise_conv import check_convolution, strided_as
+from .operators.depthwise_conv import check_convolution, parameter_gradients
 
 __all__ = ["VisiblePatches", "run_operator"]
 
@@ -190,19 +190,16 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         lines, weight, index = ctx.saved_tensors
-        needs_lines, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        operators = torch.ops.convnext_kernels
+        needs_lines, *needs = ctx.needs_input_grad[:3]
         grad = _maps(grad, weight, index, ctx.shape)
-        dlines = dweight = dbias = None
+        dlines, dparameters = None, (None, None)
         if needs_lines:
-            dx = operators.depthwise_conv2d_input_grad(grad, weight, None, 1, [0, 0], None)
+            dx = torch.ops.convnext_kernels.depthwise_conv2d_input_grad(grad, weight, None, 1, [0, 0], None)
             dlines = _lines(dx, lines).index_select(0, index)
-        if needs_weight or needs_bias:
+        if any(needs):
             x = _maps(lines, weight, index, ctx.shape)
-            dweight, dbias = operators.depthwise_conv2d_weight_grad(grad, x, weight.shape[-1], 1, None)
-            dweight = strided_as(weight, dweight.to(weight.dtype)) if needs_weight else None
-            dbias = dbias.to(ctx.bias_dtype) if needs_bias else None
-        return dlines, dweight, dbias, None, None
+            dparameters = parameter_gradients(grad, x, weight, ctx.bias_dtype, 1, None, needs)
+        return dlines, *dparameters, None, None
 
 
 def _maps(lines: Tensor, weight: Tensor, index: Tensor, shape: tuple[int, int, int]) -> Tensor:

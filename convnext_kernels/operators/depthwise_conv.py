@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -66,6 +67,27 @@ def strided_as(weight: Tensor, grad: Tensor) -> Tensor:
     return grad.as_strided(grad.shape, weight.stride())
 
 
+def parameter_gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_dtype: torch.dtype | None,
+    stride: int,
+    sample_scale: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of the convolution's weight and bias, as autograd takes them; None where `needs` does not ask."""
+    if not any(needs):
+        return None, None
+    dweight, dbias = torch.ops.convnext_kernels.depthwise_conv2d_weight_grad(
+        grad, x, weight.shape[-1], stride, sample_scale
+    )
+    return (
+        strided_as(weight, dweight.to(weight.dtype)) if needs[0] else None,
+        dbias.to(bias_dtype) if needs[1] else None,
+    )
+
+
 class DepthwiseConv2dFunction(torch.autograd.Function):
     """Saves the input and the weight. Arguments are those of the raw operator."""
 
@@ -83,18 +105,15 @@ class DepthwiseConv2dFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, sample_scale = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_x, *needs = ctx.needs_input_grad[:3]
         operators = torch.ops.convnext_kernels
         grad = grad.contiguous(memory_format=torch.channels_last)
-        dx = dweight = dbias = None
+        dx = None
         if needs_x:
             padding = [(size - 1) % ctx.stride for size in x.shape[2:]]
             dx = operators.depthwise_conv2d_input_grad(grad, weight, None, ctx.stride, padding, sample_scale)
-        if needs_weight or needs_bias:
-            dweight, dbias = operators.depthwise_conv2d_weight_grad(grad, x, weight.shape[-1], ctx.stride, sample_scale)
-            dweight = strided_as(weight, dweight.to(weight.dtype)) if needs_weight else None
-            dbias = dbias.to(ctx.bias_dtype) if needs_bias else None
-        return dx, dweight, dbias, None, None
+        parameters = parameter_gradients(grad, x, weight, ctx.bias_dtype, ctx.stride, sample_scale, needs)
+        return dx, *parameters, None, None
 
 
 class DepthwiseConv2dCastFunction(torch.autograd.Function):
@@ -116,20 +135,15 @@ class DepthwiseConv2dCastFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_x_copy: Tensor) -> tuple[Tensor | None, ...]:
         x_copy, weight, sample_scale = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_x, *needs = ctx.needs_input_grad[:3]
         operators = torch.ops.convnext_kernels
         grad = grad.contiguous(memory_format=torch.channels_last)
-        dx = dweight = dbias = None
+        dx = None
         if needs_x:
             residual = grad_x_copy.to(ctx.x_dtype).contiguous(memory_format=torch.channels_last)
             dx = operators.depthwise_conv2d_input_grad(grad, weight, None, 1, [0, 0], sample_scale)
             dx = dx.to(ctx.x_dtype) + residual
-        if needs_weight or needs_bias:
-            size = weight.shape[-1]
-            dweight, dbias = operators.depthwise_conv2d_weight_grad(grad, x_copy, size, 1, sample_scale)
-            dweight = strided_as(weight, dweight.to(weight.dtype)) if needs_weight else None
-            dbias = dbias.to(ctx.bias_dtype) if needs_bias else None
-        return dx, dweight, dbias, None, None
+        return dx, *parameter_gradients(grad, x_copy, weight, ctx.bias_dtype, 1, sample_scale, needs), None, None
 
 
 differentiate("depthwise_conv2d", DepthwiseConv2dFunction, partial(backends.call, "depthwise_conv2d"))
