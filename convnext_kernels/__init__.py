@@ -28,7 +28,7 @@ except (_native.NotBuiltError, ValueError) as _error:
         raise SystemExit(2) from None
     raise
 
-from . import reference
+from . import _flops, reference
 from .block import FusedConvNeXtBlock
 from .convert import FusionEntry, FusionReport, fuse, fusion_report, unfuse
 from .fcmae import FCMAE, FCMAEOutput
@@ -47,6 +47,8 @@ from .operators import (
 )
 from .reference import ReferenceConvNeXtBlock
 from .visible import VisiblePatches
+
+_flops.register_if_used()
 
 __all__ = [
     "FCMAE",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends, reference
+from . import _flops, backends, reference
 from .operators import _arguments as arguments
 from .operators.mlp import branch_dtype
 from .reference import ConvNeXtBlockParameters, DropPath
@@ -87,6 +87,7 @@ class FusedConvNeXtBlock(ConvNeXtBlockParameters):
         if backend is not None:
             backends.checked(backend, "FusedConvNeXtBlock: argument 'backend'")
         self.backend = backend
+        _flops.register()
 
     def forward(self, x: Tensor, visible: VisiblePatches | None = None) -> Tensor:
         return run_block(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .. import _flops
 from ..backends import checked
 from ..block import FusedConvNeXtBlock
 from .blocks import FusedBlock, find_change, plan_block
@@ -169,6 +170,7 @@ def fuse(
             backend; nothing is changed.
     """
     _check_module("fuse", model)
+    _flops.register()
     if backend is not None:
         checked(backend, "fuse: argument 'backend'")
     findings = _survey(model, convolutions)

@@ -67,6 +67,14 @@ def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Te
     )
 
 
+def block_mask(output_mask: int) -> tuple[int, int, int]:
+    """Of convnext_block_backward's mask: whether x and the convolution need gradients; layer_norm_mlp_backward's mask.
+
+    Bits 0 to 2: x, convolution weight and bias, all of which need the gradient of z; then the MLP's parameters.
+    """
+    return output_mask & 1, output_mask & 0b110, (output_mask >> 3 << 1) | (1 if output_mask & 0b111 else 0)
+
+
 def _backward(
     grad: Tensor,
     x: Tensor,
@@ -80,9 +88,7 @@ def _backward(
     # mlp: the arguments of layer_norm_mlp_backward from norm_weight to approximate.
     (*mlp, x_dtype, output_mask), call = _split_backend(rest, 13)
     sample_scale = mlp[-2]
-    # Bits 0 to 2: x, convolution weight and bias, all of which need the gradient of z; then the MLP's parameters.
-    needs_x, needs_conv = output_mask & 1, output_mask & 0b110
-    mlp_mask = (output_mask >> 3 << 1) | (1 if output_mask & 0b111 else 0)
+    needs_x, needs_conv, mlp_mask = block_mask(output_mask)
     dz, *dparameters = call(
         "layer_norm_mlp_backward",
         grad.permute(0, 2, 3, 1),
