@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import _flops, backends, reference
+from . import _flops, backends
 from .operators import _arguments as arguments
 from .operators.mlp import branch_dtype
-from .reference import ConvNeXtBlockParameters, DropPath
+from .parts import find_subclass, has_hooks, log_unfused
+from .reference import ConvNeXtBlockParameters, DropPath, GlobalResponseNorm
 from .visible import VisiblePatches, run_operator
 
 __all__ = ["FusedConvNeXtBlock"]
@@ -20,6 +21,10 @@ class FusedConvNeXtBlock(ConvNeXtBlockParameters):
     The signature, the parameters' names, shapes and initialisation are the official block's, so its state dict loads
     strictly. For backward it keeps the input and the convolution's output in the compute dtype and two fp32 numbers a
     pixel, nothing else.
+
+    The parts (``dwconv``, ``pwconv1``, ...) hold the parameters and are not called. If one of them has been replaced,
+    hooked, quantised or set differently (an adapter, pruning, dilation), the block calls them one after the other, in
+    eager PyTorch, which is logged once.
 
     Args:
         dim: channels C, at least 1.
@@ -90,62 +95,77 @@ class FusedConvNeXtBlock(ConvNeXtBlockParameters):
         _flops.register()
 
     def forward(self, x: Tensor, visible: VisiblePatches | None = None) -> Tensor:
-        return run_block(
+        if visible is None and torch.onnx.is_in_onnx_export():  # it knows PyTorch's operators only
+            return self.run_parts(x)
+        reason = self._find_changed_part()
+        if reason is None:
+            tensors = self._tensors()
+            reason = find_subclass(*tensors)
+        if reason is not None:
+            if visible is not None:
+                raise RuntimeError(f"{type(self).__name__} cannot run on visible patches: {reason}")
+            if not torch.compiler.is_compiling():
+                log_unfused(type(self).__name__, reason)
+            return self.run_parts(x)
+        return run_operator(
             x,
             visible,
-            self.dwconv.weight,
-            self.dwconv.bias,
-            self.norm.weight,
-            self.norm.bias,
-            self.pwconv1.weight,
-            self.pwconv1.bias,
-            None if self.grn is None else self.grn.gamma,
-            None if self.grn is None else self.grn.beta,
-            self.pwconv2.weight,
-            self.pwconv2.bias,
-            self.gamma,
-            drop_path=self.drop_path,
+            *tensors,
+            self._sample_scale(x, visible, tensors[-1]),
             eps=self.norm.eps,
             approximate=self.act.approximate,
             recompute=self.recompute,
             backend=self.backend,
         )
 
+    def find_change(self) -> str | None:
+        """Why the operator would not compute what the parts do, as a reason to call those; None where it does."""
+        return self._find_changed_part() or find_subclass(*self._tensors(), in_call=False)
+
+    def _find_changed_part(self) -> str | None:
+        for name, cls in _PARTS:
+            part = self._modules.get(name)
+            if type(part) is not cls and getattr(type(part), "forward", None) is not cls.forward:
+                if (name, type(part)) in _LEFT_OUT:
+                    continue
+                return f"its '{name}' has become a {type(part).__name__}"
+            if has_hooks(part):
+                return f"its '{name}' has got hooks, or a forward assigned to the instance"
+        conv = self.dwconv
+        if (conv.stride, conv.dilation, conv.padding_mode) != ((1, 1), (1, 1), "zeros"):
+            return "the stride, dilation or padding mode of its 'dwconv' has been changed"
+        return None
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        """The operator's, from the convolution's weight to the layer scale."""
+        conv, norm, fc1, fc2, grn = self.dwconv, self.norm, self.pwconv1, self.pwconv2, self.grn
+        return (
+            *(conv.weight, conv.bias, norm.weight, norm.bias, fc1.weight, fc1.bias),
+            *((None, None) if grn is None else (grn.gamma, grn.beta)),
+            *(fc2.weight, fc2.bias, self.gamma),
+        )
+
+    def _sample_scale(self, x: Tensor, visible: VisiblePatches | None, layer_scale: Tensor | None) -> Tensor | None:
+        """The drop-path vector, drawn anew; None where nothing is dropped."""
+        drop_path = self.drop_path
+        if isinstance(drop_path, nn.Identity) or not drop_path.training or not drop_path.drop_prob:
+            return None
+        arguments.check_image("convnext_block", "x", x)
+        samples = visible.index if isinstance(visible, VisiblePatches) else x
+        return drop_path.sample_scale(samples, branch_dtype(arguments.autocast_dtype(x) or x.dtype, layer_scale))
+
     def extra_repr(self) -> str:
         return f"recompute={self.recompute}" + ("" if self.backend is None else f", backend={self.backend!r}")
 
 
-def run_block(
-    x: Tensor,
-    visible: VisiblePatches | None,
-    conv_weight: Tensor,
-    *parameters: Tensor | None,
-    drop_path: DropPath | None,
-    eps: float,
-    approximate: str,
-    recompute: bool,
-    backend: str | None,
-) -> Tensor:
-    """Draws the drop-path vector and runs the block's operator; what a block's ``forward`` does.
-
-    During ONNX export, which knows only PyTorch's operators, it runs the reference instead: the same function.
-    """
-    sample_scale = None
-    if drop_path is not None and drop_path.training and drop_path.drop_prob > 0:
-        arguments.check_image("convnext_block", "x", x)
-        dtype = branch_dtype(arguments.autocast_dtype(x) or x.dtype, parameters[-1])
-        samples = visible.index if isinstance(visible, VisiblePatches) else x
-        sample_scale = drop_path.sample_scale(samples, dtype)
-    if visible is None and torch.onnx.is_in_onnx_export():
-        return reference.convnext_block(x, conv_weight, *parameters, sample_scale, eps, approximate)
-    return run_operator(
-        x,
-        visible,
-        conv_weight,
-        *parameters,
-        sample_scale,
-        eps=eps,
-        approximate=approximate,
-        recompute=recompute,
-        backend=backend,
-    )
+#: What the operator stands for.
+_PARTS: tuple[tuple[str, type[nn.Module]], ...] = (
+    ("dwconv", nn.Conv2d),
+    ("norm", nn.LayerNorm),
+    ("pwconv1", nn.Linear),
+    ("act", nn.GELU),
+    ("grn", GlobalResponseNorm),
+    ("pwconv2", nn.Linear),
+    ("drop_path", DropPath),
+)
+_LEFT_OUT = (("grn", type(None)), ("drop_path", nn.Identity))

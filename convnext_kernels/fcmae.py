@@ -14,8 +14,8 @@ from .convert.blocks import FusedBlock
 from .convert.inspection import NotCoveredError
 from .convert.layouts import find_layout
 from .convert.norms import is_convnext, plan_norm
-from .convert.swap import has_hooks
 from .operators import _arguments as arguments
+from .parts import has_hooks
 from .visible import VisiblePatches
 
 __all__ = ["FCMAE", "FCMAEOutput"]

@@ -248,14 +248,8 @@ class ConvNeXtBlockParameters(nn.Module):
         )
         self.drop_path = DropPath(drop_path)
 
-
-class ReferenceConvNeXtBlock(ConvNeXtBlockParameters):
-    """The block as the official repositories write it: module by module, in eager PyTorch.
-
-    Arguments are those of :class:`convnext_kernels.FusedConvNeXtBlock`, without `recompute`.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
+    def run_parts(self, x: Tensor) -> Tensor:
+        """The block as the official repositories write it: part by part, in eager PyTorch."""
         branch = self.dwconv(x).permute(0, 2, 3, 1)
         branch = self.act(self.pwconv1(self.norm(branch)))
         if self.grn is not None:
@@ -264,3 +258,13 @@ class ReferenceConvNeXtBlock(ConvNeXtBlockParameters):
         if self.gamma is not None:
             branch = self.gamma * branch
         return x + self.drop_path(branch.permute(0, 3, 1, 2))
+
+
+class ReferenceConvNeXtBlock(ConvNeXtBlockParameters):
+    """The block as the official repositories write it: module by module, in eager PyTorch.
+
+    Arguments are those of :class:`convnext_kernels.FusedConvNeXtBlock`, without `recompute`.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run_parts(x)

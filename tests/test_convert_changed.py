@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from convnext_kernels import VisiblePatches, fuse, fusion_report, unfuse
-from convnext_kernels.convert.swap import log_unfused
+from convnext_kernels.parts import log_unfused
 from model_families import (
     BLOCKS,
     DIMS,

@@ -93,17 +93,22 @@ def _is_block(module: nn.Module) -> bool:
 
 def _look_at_block(name: str, block: nn.Module, trials: dict[Any, str]) -> _Finding:
     if isinstance(block, FusedConvNeXtBlock):
-        return _Finding(block, FusionEntry(name, "block", "convnext_kernels", True, ""), None)
+        return _Finding(
+            block, FusionEntry(name, "block", "convnext_kernels", True, _unfused(block.find_change())), None
+        )
     family = find_layout(block).family
     if isinstance(block, FusedBlock):
-        change = find_change(block, block._fused_plan)
-        reason = f"runs unfused: {change}" if change else ""
+        reason = _unfused(find_change(block, block._fused_plan))
         return _Finding(block, FusionEntry(name, "block", family, True, reason), block._fused_plan)
     try:
         plan, reason = plan_block(block, trials), CAN_BE_FUSED
     except NotCoveredError as error:
         plan, reason = None, str(error)
     return _Finding(block, FusionEntry(name, "block", family, False, reason), plan)
+
+
+def _unfused(change: str | None) -> str:
+    return "" if change is None else f"runs unfused: {change}"
 
 
 def _look_at_norm(name: str, norm: nn.Module) -> _Finding:
@@ -123,8 +128,7 @@ def _look_at_layer(name: str, layer: nn.Module, kind: str, family: str, plan_lay
         plan, reason = None, str(error)
     fused = isinstance(layer, Fused)
     if fused:
-        change = layer.find_change(in_call=False)
-        reason = f"runs unfused: {change}" if change else ""
+        reason = _unfused(layer.find_change(in_call=False))
     return _Finding(layer, FusionEntry(name, kind, family, fused, reason), plan)
 
 

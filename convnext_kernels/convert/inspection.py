@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..operators._arguments import SUPPORTED_DTYPES
-from .swap import has_hooks, is_ordinary
+from ..parts import has_hooks, is_ordinary
 
 __all__ = [
     "NotCoveredError",

@@ -8,23 +8,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 __all__ = [
     "Fused",
     "attributes_of",
     "extended",
-    "find_subclass",
-    "has_hooks",
-    "is_ordinary",
     "is_traced",
-    "log_unfused",
     "original_class",
     "pop_input",
     "restore",
@@ -32,9 +25,6 @@ __all__ = [
     "swap",
     "unexpected",
 ]
-
-
-logger = logging.getLogger("convnext_kernels")
 
 
 class Fused:
@@ -117,41 +107,6 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return module._original_class if isinstance(module, Fused) else type(module)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward: hooks, or a forward assigned to the instance."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
-_ORDINARY_TYPES = frozenset((Tensor, nn.Parameter, type(None)))
-_ORDINARY_FUNCTIONS = (Tensor.__torch_function__.__func__, nn.Parameter.__torch_function__)
-
-
-def is_ordinary(cls: type) -> bool:
-    """Whether tensors of the class are what an operator takes: values, or what stands for them while tracing."""
-    if cls in _ORDINARY_TYPES or cls in (FakeTensor, FunctionalTensor):
-        return True
-    function = getattr(cls.__torch_function__, "__func__", cls.__torch_function__)
-    return cls.__torch_dispatch__ is Tensor.__torch_dispatch__ and function in _ORDINARY_FUNCTIONS
-
-
-def find_subclass(*tensors: Tensor | None, in_call: bool = True) -> str | None:
-    """A parameter that computes in its own way, a quantised one for instance, as a reason to run unfused.
-
-    Outside of a call no DTensor is one: FSDP puts an ordinary parameter in its place for the call.
-    """
-    for tensor in tensors:
-        cls = type(tensor)
-        if cls not in _ORDINARY_TYPES and not is_ordinary(cls) and (in_call or cls.__name__ != "DTensor"):
-            return f"it holds a {cls.__name__}, not an ordinary parameter"
-    return None
-
-
 def attributes_of(module: nn.Module) -> tuple[tuple[str, Any], ...]:
     """Every plain attribute: what a layer's result may depend on where its class is not known."""
     return tuple(
@@ -169,11 +124,6 @@ def settings_of(module: nn.Module) -> tuple[tuple[str, Any], ...]:
         nn.GELU: ("approximate",),
     }.get(original_class(module), ())
     return tuple((name, getattr(module, name)) for name in names)
-
-
-@functools.cache
-def log_unfused(name: str, reason: str) -> None:
-    logger.warning("%s runs unfused: %s", name, reason)
 
 
 def is_traced(x: Tensor) -> bool:
