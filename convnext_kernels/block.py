@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from . import _flops, backends
 from .operators import _arguments as arguments
 from .operators.mlp import branch_dtype
-from .parts import find_subclass, has_hooks, log_unfused
+from .parts import find_subclass, has_hooks, is_traced, log_unfused
 from .reference import ConvNeXtBlockParameters, DropPath, GlobalResponseNorm
 from .visible import VisiblePatches, run_operator
 
@@ -95,7 +95,7 @@ class FusedConvNeXtBlock(ConvNeXtBlockParameters):
         _flops.register()
 
     def forward(self, x: Tensor, visible: VisiblePatches | None = None) -> Tensor:
-        if visible is None and torch.onnx.is_in_onnx_export():  # it knows PyTorch's operators only
+        if is_traced(x) and not isinstance(visible, VisiblePatches):  # torch.fx puts a Proxy in place of None too
             return self.run_parts(x)
         reason = self._find_changed_part()
         if reason is None:
@@ -153,6 +153,11 @@ class FusedConvNeXtBlock(ConvNeXtBlockParameters):
         arguments.check_image("convnext_block", "x", x)
         samples = visible.index if isinstance(visible, VisiblePatches) else x
         return drop_path.sample_scale(samples, branch_dtype(arguments.autocast_dtype(x) or x.dtype, layer_scale))
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(
+            "torch.jit.script: a FusedConvNeXtBlock cannot be scripted; torch.export or torch.jit.trace the model"
+        )
 
     def extra_repr(self) -> str:
         return f"recompute={self.recompute}" + ("" if self.backend is None else f", backend={self.backend!r}")

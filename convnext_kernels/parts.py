@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import logging
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-__all__ = ["find_subclass", "has_hooks", "is_ordinary", "log_unfused"]
+__all__ = ["find_subclass", "has_hooks", "is_ordinary", "is_traced", "log_unfused"]
 
 logger = logging.getLogger("convnext_kernels")
 
@@ -52,3 +53,12 @@ def find_subclass(*tensors: Tensor | None, in_call: bool = True) -> str | None:
 @functools.cache
 def log_unfused(name: str, reason: str) -> None:
     logger.warning("%s runs unfused: %s", name, reason)
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether a graph for elsewhere is being recorded: ONNX, torch.jit.trace, torch.fx.
+
+    It shall hold PyTorch's own operators, so a block calls its parts. (torch.export records our operators; unfuse for a
+    graph without them.)
+    """
+    return torch.onnx.is_in_onnx_export() or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy)

@@ -68,7 +68,11 @@ def grn(x: Tensor, weight: Tensor, bias: Tensor, eps: float = GRN_EPS) -> Tensor
     """Global response normalisation of x (N, ..., K): the norms run over everything between N and K."""
     if x.dim() == 2:
         return grn(x.unsqueeze(1), weight, bias, eps).squeeze(1)  # vector_norm takes no dimensions for all of them
-    norm = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim() - 1)), keepdim=True)
+    return _grn(x, weight, bias, eps, tuple(range(1, x.dim() - 1)))
+
+
+def _grn(x: Tensor, weight: Tensor, bias: Tensor, eps: float, places: tuple[int, ...]) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=places, keepdim=True)
     return x + weight * (x * (norm / (norm.mean(dim=-1, keepdim=True) + eps))) + bias
 
 
@@ -187,7 +191,7 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return grn(x, self.gamma, self.beta)
+        return _grn(x, self.gamma, self.beta, GRN_EPS, (1, 2))  # torch.fx cannot ask for x's rank
 
 
 class ConvNeXtBlockParameters(nn.Module):

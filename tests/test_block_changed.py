@@ -206,3 +206,17 @@ def test_a_drop_path_of_another_library_draws_as_it_does():
         torch.manual_seed(3)
         outputs.append(block(torch.ones(8, C, 5, 5)))
     torch.testing.assert_close(*outputs)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+def test_portable_graphs_hold_the_parts():
+    _, block = pair(use_grn=True)
+    x = torch.randn(2, C, 6, 6)
+    graph = torch.fx.symbolic_trace(block)
+    assert any(node.op == "call_module" and node.target == "pwconv1" for node in graph.graph.nodes)
+    traced = torch.jit.trace(block, torch.ones(1, C, 5, 5))
+    assert "convnext_kernels::" not in str(traced.inlined_graph)
+    for recorded in (graph, traced):
+        torch.testing.assert_close(recorded(x), block(x))
+    with pytest.raises(RuntimeError, match=r"FusedConvNeXtBlock cannot be scripted; torch.export or torch.jit.trace"):
+        torch.jit.script(nn.Sequential(block))

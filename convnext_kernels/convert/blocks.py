@@ -12,7 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from .. import reference
 from ..operators._arguments import autocast_dtype
 from ..operators.mlp import branch_dtype
-from ..parts import find_subclass, has_hooks, log_unfused
+from ..parts import find_subclass, has_hooks, is_traced, log_unfused
 from ..visible import VisiblePatches, run_operator
 from .convolutions import check_convolution
 from .inspection import (
@@ -30,7 +30,6 @@ from .norms import plan_norm, trial_tolerance
 from .swap import (
     Fused,
     attributes_of,
-    is_traced,
     original_class,
     pop_input,
     settings_of,

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..operators import depthwise_conv2d
-from ..parts import find_subclass, log_unfused
+from ..parts import find_subclass, is_traced, log_unfused
 from ..reference import KERNEL_SIZES
 from .inspection import NotCoveredError, check_tensors
-from .swap import Fused, is_traced, original_class, pop_input, settings_of, unexpected
+from .swap import Fused, original_class, pop_input, settings_of, unexpected
 
 __all__ = ["FusedConvolution", "check_convolution", "find_convolutions", "plan_convolution"]
 

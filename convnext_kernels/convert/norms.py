@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ..operators import layer_norm
 from ..operators._arguments import autocast_dtype
-from ..parts import find_subclass, log_unfused
+from ..parts import find_subclass, is_traced, log_unfused
 from .inspection import NotCoveredError, agrees, check_tensors, random_input, random_twin, try_forward
 from .layouts import CONVNEXT_FILES
-from .swap import Fused, is_traced, original_class, pop_input, unexpected
+from .swap import Fused, original_class, pop_input, unexpected
 
 __all__ = ["FusedNorm", "NormPlan", "find_norms", "is_convnext", "plan_norm", "trial_tolerance"]
 

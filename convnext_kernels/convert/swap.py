@@ -10,14 +10,12 @@ import functools
 import inspect
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 __all__ = [
     "Fused",
     "attributes_of",
     "extended",
-    "is_traced",
     "original_class",
     "pop_input",
     "restore",
@@ -124,12 +122,3 @@ def settings_of(module: nn.Module) -> tuple[tuple[str, Any], ...]:
         nn.GELU: ("approximate",),
     }.get(original_class(module), ())
     return tuple((name, getattr(module, name)) for name in names)
-
-
-def is_traced(x: Tensor) -> bool:
-    """Whether a graph for elsewhere is being recorded: ONNX, torch.jit.trace, torch.fx.
-
-    It shall hold PyTorch's own operators, so the original forward runs. (torch.export records our operators; unfuse for
-    a graph without them.)
-    """
-    return torch.onnx.is_in_onnx_export() or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy)
