@@ -517,7 +517,7 @@ def patch_torch(patch):
 
 
 def patch_backends(patch):
-    from convnext_kernels import backends, triton_kernels
+    from convnext_kernels import backends, parts, triton_kernels
 
     def on_the_host(operator):
         overload = getattr(torch.ops.convnext_kernels, operator).default
@@ -539,9 +539,8 @@ def patch_backends(patch):
         module = importlib.import_module(f"{triton_kernels.__name__}.{module}")
         stand_in = machine.triton(operator, getattr(module, operator), on_the_host(operator))
         patch.setattr(module, operator, stand_in)
-    # `fuse` leaves parameters of another class than PyTorch's alone.
-    swap = importlib.import_module("convnext_kernels.convert.swap")
-    patch.setattr(swap, "_ORDINARY_TYPES", swap._ORDINARY_TYPES | {OnDevice})
+    # A block with parameters of another class than PyTorch's calls its layers.
+    patch.setattr(parts, "_ORDINARY_TYPES", parts._ORDINARY_TYPES | {OnDevice})
     patch.setitem(backends._DISPATCH_KEYS, "cuda", "CPU")
     patch.setattr(backends, "_decide", on_the_device)
     backends._has_kernel.cache_clear()

@@ -97,7 +97,7 @@ def test_saved_bytes_by_freed_memory(mode, c, use_grn):
     freed = before - allocated_bytes()
     # y itself, and what was kept. In fp32 x is kept by reference: it is alive anyway.
     kept = formula(dtype, c, 1, pixels, False) - (0 if autocast else dtype.itemsize)
-    assert freed / x.numel() == pytest.approx(4 + kept, rel=0.01)
+    assert freed / x.numel() == pytest.approx(4 + kept, rel=0.05)
 
 
 def test_kept_hidden_is_counted():
