@@ -262,6 +262,11 @@ CUresult cuPointerGetAttributes(unsigned count, CUpointer_attribute*, void** val
   return CUDA_SUCCESS;
 }
 
+CUresult cuStreamIsCapturing(CUstream, CUstreamCaptureStatus* status) {
+  *status = CU_STREAM_CAPTURE_STATUS_NONE;
+  return CUDA_SUCCESS;
+}
+
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction handle, void** parameters, void**) {
   const Function& function = *reinterpret_cast<const Function*>(handle);
   const unsigned threads = config->blockDimX * config->blockDimY * config->blockDimZ;
