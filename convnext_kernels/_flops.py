@@ -77,10 +77,8 @@ def _block_backward(
     fc1_weight: Any, *rest: Any, **_: Any,
 ) -> int:  # fmt: skip
     needs_x, needs_conv, mlp_mask = block_mask(rest[9])
-    convolutions = bool(needs_x) + bool(needs_conv)
-    return convolutions * 2 * math.prod(x) * conv_weight[-1] ** 2 + _mlp_grad_products(hidden, mlp_mask) * _product(
-        x, fc1_weight
-    )
+    convolutions, products = bool(needs_x) + bool(needs_conv), _mlp_grad_products(hidden, mlp_mask)
+    return 2 * convolutions * math.prod(x) * conv_weight[-1] ** 2 + products * _product(x, fc1_weight)
 
 
 def _product(x: Any, fc1_weight: Any) -> int:
