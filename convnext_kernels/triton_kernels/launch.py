@@ -21,6 +21,7 @@ __all__ = [
     "DTYPES",
     "INTERPRETED",
     "MOST_ROWS",
+    "OPTIONS",
     "Chip",
     "Launch",
     "check_mlp",
@@ -45,6 +46,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: layer_norm_mlp and its backward take no more rows (of C elements, of which there may be more than 2^31): they count
 #: rows in int32, and 2^16 are left for those that only round up a tile or a program's share.
 MOST_ROWS = 2**31 - 2**16
+
+#: What every kernel is compiled with, beside its warps and stages. A product and a sum are one FMA, which halves the
+#: convolution's instructions: Triton's own default is that up to 3.9 only, and an environment variable's to change.
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
 #: Triton reads TRITON_INTERPRET when it decorates a kernel: with this package's import it is settled.
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -256,14 +261,14 @@ def _launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], cons
         else:
             key.append(_form(argument))
     if addresses & 15:  # what is not aligned has code of its own: Triton finds it
-        kernel[grid](*arguments, **constants)
+        kernel[grid](*arguments, **constants, **OPTIONS)
         return
     found = _compiled.get(tuple(key))
     if found is not None:
         compiled, others = found
         compiled[(*grid, 1, 1)[:3]](*arguments, *others)
         return
-    compiled = kernel[grid](*arguments, **constants)
+    compiled = kernel[grid](*arguments, **constants, **OPTIONS)
     if compiled is not None:  # a hook of Triton's may have compiled it elsewhere
         parameters = kernel.params[len(arguments) :]
         _compiled[tuple(key)] = compiled, tuple(constants.get(each.name, each.default) for each in parameters)

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from .launch import Launch
+from .launch import OPTIONS, Launch
 
 __all__ = ["Specialised", "compile_launch", "specialised"]
 
@@ -48,6 +48,7 @@ def specialised(launch: Launch, capability: int) -> Specialised:
     kernel, backend = launch.kernel, _target(capability)[1]
     named = {
         **launch.constants,
+        **OPTIONS,
         "debug": kernel.debug or triton.knobs.runtime.debug,
         "instrumentation_mode": triton.knobs.compilation.instrumentation_mode,
     }

@@ -72,7 +72,7 @@ def on_the_chip(monkeypatch):
         """Twice: as Triton launches it, and by the shorter way that launch.run takes from the second time on."""
         if 0 in grid:
             return
-        compiled = kernel[grid](*arguments, **constants)
+        compiled = kernel[grid](*arguments, **constants, **launch.OPTIONS)
         expected = offline.specialised(launch.Launch(kernel, grid, arguments, constants), CAPABILITY)
         source = compiled.src
         assert (dict(source.signature), dict(source.constants), dict(source.attrs)) == expected[:3], kernel.__name__
@@ -214,6 +214,7 @@ def test_single_operators():
 def test_what_tuning_compiles_ahead_is_what_is_launched(operator, tmp_path, monkeypatch):
     """The launches find it in Triton's cache on disk: nothing is added to it."""
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")  # not asked by either
     monkeypatch.setattr(tune, "_compiled", set())
     work = next(w for w in tune.workloads([(56, 7)], [2], [torch.bfloat16]) if w.operator == operator)
     with monkeypatch.context() as recording:
