@@ -39,20 +39,22 @@ def register() -> None:
 # Tensors arrive as their shapes, every other argument as it is.
 
 
+def _taps(y: Any, kernel_size: int) -> int:
+    """A depthwise convolution whose result has the shape y, or a gradient of one."""
+    return 2 * math.prod(y) * kernel_size**2
+
+
 def _convolution(x: Any, weight: Any, *_: Any, out_shape: Any) -> int:
-    return 2 * math.prod(out_shape) * weight[-1] ** 2
+    return _taps(out_shape, weight[-1])
 
 
-def _convolution_cast(x: Any, weight: Any, *_: Any, **__: Any) -> int:
-    return 2 * math.prod(x) * weight[-1] ** 2
-
-
-def _input_grad(grad: Any, weight: Any, *_: Any, **__: Any) -> int:
-    return 2 * math.prod(grad) * weight[-1] ** 2
+def _of_first(first: Any, weight: Any, *_: Any, **__: Any) -> int:
+    """Of an operator whose first argument has the shape of the convolution's result."""
+    return _taps(first, weight[-1])
 
 
 def _weight_grad(grad: Any, x: Any, kernel_size: int, *_: Any, **__: Any) -> int:
-    return 2 * math.prod(grad) * kernel_size**2
+    return _taps(grad, kernel_size)
 
 
 def _mlp(z: Any, residual: Any, norm_weight: Any, norm_bias: Any, fc1_weight: Any, *_: Any, **__: Any) -> int:
@@ -69,7 +71,7 @@ def _mlp_backward(
 def _block(
     x: Any, conv_weight: Any, conv_bias: Any, norm_weight: Any, norm_bias: Any, fc1_weight: Any, *_: Any, **__: Any
 ) -> int:
-    return 2 * math.prod(x) * conv_weight[-1] ** 2 + 2 * _product(x, fc1_weight)
+    return _taps(x, conv_weight[-1]) + 2 * _product(x, fc1_weight)
 
 
 def _block_backward(
@@ -78,7 +80,7 @@ def _block_backward(
 ) -> int:  # fmt: skip
     needs_x, needs_conv, mlp_mask = block_mask(rest[9])
     convolutions, products = bool(needs_x) + bool(needs_conv), _mlp_grad_products(hidden, mlp_mask)
-    return 2 * convolutions * math.prod(x) * conv_weight[-1] ** 2 + products * _product(x, fc1_weight)
+    return convolutions * _taps(x, conv_weight[-1]) + products * _product(x, fc1_weight)
 
 
 def _product(x: Any, fc1_weight: Any) -> int:
@@ -99,8 +101,8 @@ def _mlp_grad_products(hidden: Any, output_mask: int) -> int:
 
 _FORMULAS = {
     "depthwise_conv2d": _convolution,
-    "depthwise_conv2d_cast": _convolution_cast,
-    "depthwise_conv2d_input_grad": _input_grad,
+    "depthwise_conv2d_cast": _of_first,
+    "depthwise_conv2d_input_grad": _of_first,
     "depthwise_conv2d_weight_grad": _weight_grad,
     "layer_norm_mlp": _mlp,
     "layer_norm_mlp_backward": _mlp_backward,

@@ -104,8 +104,7 @@ class FusedConvNeXtBlock(ConvNeXtBlockParameters):
         if reason is not None:
             if visible is not None:
                 raise RuntimeError(f"{type(self).__name__} cannot run on visible patches: {reason}")
-            if not torch.compiler.is_compiling():
-                log_unfused(type(self).__name__, reason)
+            log_unfused(self, reason)
             return self.run_parts(x)
         return run_operator(
             x,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-__all__ = ["find_subclass", "has_hooks", "is_ordinary", "is_traced", "log_unfused"]
+__all__ = ["find_subclass", "has_hooks", "is_ordinary", "is_traced", "log_once", "log_unfused"]
 
 logger = logging.getLogger("convnext_kernels")
 
@@ -50,8 +50,14 @@ def find_subclass(*tensors: Tensor | None, in_call: bool = True) -> str | None:
     return None
 
 
+def log_unfused(module: nn.Module, reason: str) -> None:
+    """Once for each class and reason; not while a compiler is looking, which could not."""
+    if not torch.compiler.is_compiling():
+        log_once(type(module).__name__, reason)
+
+
 @functools.cache
-def log_unfused(name: str, reason: str) -> None:
+def log_once(name: str, reason: str) -> None:
     logger.warning("%s runs unfused: %s", name, reason)
 
 

@@ -1,10 +1,14 @@
 """A small ConvNeXt of every family that `fuse` knows, weights under which every parameter matters, and comparisons."""
 
+import functools
+
 import timm.models.convnext
 import torch
 import torchvision.models.convnext
 import transformers
 from torch import nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from convnext_kernels import fusion_report
 from models_facebook import ConvNeXt, ConvNeXtV2
@@ -148,3 +152,54 @@ def assert_same(ours, theirs, rtol=1e-4):
     for name, value in ours.items():
         tolerance = rtol * max(theirs[name].abs().max().item(), 1e-6)
         torch.testing.assert_close(value, theirs[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# --- parameters that compute in their own way
+
+
+class Halved(torch.Tensor):
+    """Stands for half of what it holds, as a quantised weight stands for a multiple of it."""
+
+    @staticmethod
+    def __new__(cls, values):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, values.stride(), dtype=values.dtype)
+
+    def __init__(self, values):
+        self.values = values
+
+    def __repr__(self):
+        return "Halved"
+
+    def __tensor_flatten__(self):
+        return ["values"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, meta, size, stride):
+        return Halved(inner["values"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func.namespace != "aten":
+            raise NotImplementedError(f"Halved has no {func}")
+        if func is torch.ops.aten.detach.default:
+            return Halved(args[0].values)
+        halve = functools.partial(pytree.tree_map_only, Halved, lambda halved: halved.values / 2)
+        return func(*halve(args), **halve(kwargs or {}))
+
+
+class HalvedByFunction(torch.Tensor):
+    """The same by the older protocol, to which an operator's computation is hidden."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        halve = functools.partial(
+            pytree.tree_map_only, HalvedByFunction, lambda halved: halved.as_subclass(torch.Tensor) / 2
+        )
+        if func in (F.linear, F.conv2d, F.layer_norm):
+            return func(*halve(args), **halve(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def halve(layer, cls=Halved):
+    values = layer.weight.detach()
+    layer.weight = nn.Parameter(cls(values) if cls is Halved else values.as_subclass(cls), requires_grad=False)

@@ -1,7 +1,6 @@
 """A fused block whose parts are changed, replaced, quantised or hooked afterwards: it computes what they say."""
 
 import copy
-import functools
 import logging
 
 import pytest
@@ -10,20 +9,21 @@ import torch.nn.utils.parametrizations
 import torch.nn.utils.prune
 from timm.models.convnext import ConvNeXtBlock
 from torch import nn
-from torch.nn import functional as F
 from torch.nn.modules import module as module_hooks
-from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from convnext_kernels import VisiblePatches, fuse, fusion_report, unfuse
-from convnext_kernels.parts import log_unfused
+from convnext_kernels.parts import log_once
 from model_families import (
     BLOCKS,
     DIMS,
     FAMILIES,
     NORMS,
+    Halved,
+    HalvedByFunction,
     assert_same,
     counts,
+    halve,
     images,
     randomize,
     reasons,
@@ -138,7 +138,7 @@ def test_grn_set_differently_after_fusing(caplog):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mixed_dtypes_run_as_eager_has_them(dtype, caplog):
     """A bf16 model that keeps its norms in fp32 runs on a CPU; so does a layer scale in fp32."""
-    log_unfused.cache_clear()
+    log_once.cache_clear()
     model = randomize(timm_model()).bfloat16().eval()
     for module in model.modules():
         if isinstance(module, nn.LayerNorm) and dtype == torch.float32:
@@ -198,57 +198,9 @@ def test_the_change_is_logged_once(caplog):
 # --- parameters of another class
 
 
-class Halved(torch.Tensor):
-    """Stands for half of what it holds, as a quantised weight stands for a multiple of it."""
-
-    @staticmethod
-    def __new__(cls, values):
-        return torch.Tensor._make_wrapper_subclass(cls, values.shape, values.stride(), dtype=values.dtype)
-
-    def __init__(self, values):
-        self.values = values
-
-    def __repr__(self):
-        return "Halved"
-
-    def __tensor_flatten__(self):
-        return ["values"], None
-
-    @staticmethod
-    def __tensor_unflatten__(inner, meta, size, stride):
-        return Halved(inner["values"])
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if func.namespace != "aten":
-            raise NotImplementedError(f"Halved has no {func}")
-        if func is torch.ops.aten.detach.default:
-            return Halved(args[0].values)
-        halve = functools.partial(pytree.tree_map_only, Halved, lambda halved: halved.values / 2)
-        return func(*halve(args), **halve(kwargs or {}))
-
-
-class HalvedByFunction(torch.Tensor):
-    """The same by the older protocol, to which an operator's computation is hidden."""
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        halve = functools.partial(
-            pytree.tree_map_only, HalvedByFunction, lambda halved: halved.as_subclass(torch.Tensor) / 2
-        )
-        if func in (F.linear, F.conv2d, F.layer_norm):
-            return func(*halve(args), **halve(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs or {})
-
-
-def halve(layer, cls):
-    values = layer.weight.detach()
-    layer.weight = nn.Parameter(cls(values) if cls is Halved else values.as_subclass(cls), requires_grad=False)
-
-
 @pytest.mark.parametrize("cls", [Halved, HalvedByFunction])
 def test_parameters_that_compute_in_their_own_way(cls, caplog):
-    log_unfused.cache_clear()
+    log_once.cache_clear()
     model = randomize(timm_model()).eval()
     model.features = nn.Conv2d(3, 3, 3, padding=1, groups=3)
     paths = ["stages.1.blocks.0.mlp.fc1", "stages.2.downsample.0", "features"]
@@ -331,7 +283,7 @@ GLOBAL_HOOKS = {
 
 @pytest.mark.parametrize("register", GLOBAL_HOOKS.values(), ids=GLOBAL_HOOKS.keys())
 def test_a_hook_on_all_modules_sees_what_it_saw(register, caplog):
-    log_unfused.cache_clear()
+    log_once.cache_clear()
     model = randomize(timm_model())
     x, seen, expected = images().requires_grad_(), [], []
     with register(expected):

@@ -93,7 +93,7 @@ def test_fused_convolutions_and_visible_patches():
     assert counted(lambda: block(torch.randn(4, C, 2, 2), visible)) == whole * KERNEL**2 + whole * K
 
 
-BY_NAME = """
+PROGRAM = """
 import sys, torch
 {first}
 import convnext_kernels as ck
@@ -115,6 +115,6 @@ ORDERS = {
 def test_whatever_is_imported_first(order):
     """Formulas are registered late, for what importing PyTorch's counter costs; in time all the same."""
     first, second, third = ORDERS[order]
-    program = BY_NAME.format(first=first, second=second, third=third)
+    program = PROGRAM.format(first=first, second=second, third=third)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

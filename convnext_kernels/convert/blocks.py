@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -27,14 +26,7 @@ from .inspection import (
 )
 from .layouts import Layout, find_layout, known_class
 from .norms import plan_norm, trial_tolerance
-from .swap import (
-    Fused,
-    attributes_of,
-    original_class,
-    pop_input,
-    settings_of,
-    unexpected,
-)
+from .swap import Fused, attributes_of, original_class, pop_input, settings_of, unexpected
 
 __all__ = ["BlockPlan", "FusedBlock", "plan_block"]
 
@@ -84,8 +76,7 @@ class FusedBlock(Fused):
         if reason is not None:
             if visible is not None:
                 raise RuntimeError(f"{type(self).__name__} cannot run on visible patches: {reason}")
-            if not torch.compiler.is_compiling():
-                log_unfused(type(self).__name__, reason)
+            log_unfused(self, reason)
             return super().forward(x)
         return run_operator(
             x,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..operators import depthwise_conv2d
@@ -35,8 +34,7 @@ class FusedConvolution(Fused):
             return super().forward(x)
         reason = self.find_change()
         if reason is not None:
-            if not torch.compiler.is_compiling():
-                log_unfused(type(self).__name__, reason)
+            log_unfused(self, reason)
             return super().forward(x)
         return depthwise_conv2d(x, self.weight, self.bias, self.stride[0])
 

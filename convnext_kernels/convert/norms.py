@@ -56,8 +56,7 @@ class FusedNorm(Fused):
             raise unexpected(self, named)
         reason = self.find_change()
         if reason is not None:
-            if not torch.compiler.is_compiling():
-                log_unfused(type(self).__name__, reason)
+            log_unfused(self, reason)
             return super().forward(x)
         plan, weight = self._fused_plan, self.weight
         out_dtype = plan.out_dtype(x, weight)
