@@ -153,8 +153,8 @@ def test_output_mask(grn, launches):
                 torch.testing.assert_close(ours, full, rtol=1e-5, atol=1e-5, msg=NAMES[i])
             else:
                 assert ours.shape == (0,) and ours.dtype == torch.float32, (NAMES[i], mask)
-        # The products, which are what a gradient costs: dW1 or LayerNorm's weight; dW2 or layer scale; dz.
-        weights = bool(mask & 0b10) | bool(mask & 0b1000), bool(mask & (1 << 7 | 0 if grn else 1 << 7 | 1 << 9))
+        # The products, which are what a gradient costs: dW1, db1 or LayerNorm's; dW2 or layer scale; dz.
+        weights = bool(mask & 0b11110), bool(mask & (1 << 7 | 0 if grn else 1 << 7 | 1 << 9))
         products = [name.grid[2] for name in launches if name == "weight_gradient_kernel"]
         assert products == [sum(weights)] * any(weights), mask
         assert launches.count("norm_gradient_kernel") == (mask & 1), mask

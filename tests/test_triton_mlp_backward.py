@@ -62,15 +62,16 @@ def check_machine_code(capability, given):
         seen.add(key)
         compiled = compile_launch(one, capability)
         what = f"{compiled.name} {one.constants} on sm_{capability}"
-        # What runs once a call may lack a register or two: ptxas prefers more programs a multiprocessor. And whole rows
-        # take all there are.
-        exact = compiled.name in PRODUCTS and compiled.name != "row_gradients_kernel"
+        # What runs once a call may lack a register or two, and so may fp32: ptxas prefers more programs a
+        # multiprocessor. And whole rows take all there are.
+        in_16_bits = given[1].dtype != torch.float32
+        exact = in_16_bits and compiled.name in PRODUCTS and compiled.name != "row_gradients_kernel"
         assert compiled.stack <= (0 if exact else 16), f"{what}: {compiled.stack} bytes of stack"
         limit = launch.chip_of_architecture(capability).shared_bytes
         assert compiled.shared <= limit, f"{what}: {compiled.shared} bytes of shared memory, the chip has {limit}"
         if compiled.name in PRODUCTS:
             names.add(compiled.name)
-            if given[1].dtype != torch.float32:
+            if in_16_bits:
                 instruction = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(capability, "mma.sync")
                 assert instruction in compiled.ptx, what
     return names
@@ -192,7 +193,8 @@ def test_rows_are_covered_once():
         for one in launches:
             if one.kernel.__name__ not in ("hidden_gradients_kernel", "row_gradients_kernel"):
                 continue
-            begin, count = one.arguments[-4:-2]
+            given = dict(zip(one.kernel.arg_names, one.arguments))
+            begin, count = given["first"], given["rows"]
             assert begin == first and count > 0
             assert not grn or count % rows_per_sample == 0
             blocks = one.constants

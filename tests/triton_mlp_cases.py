@@ -115,8 +115,8 @@ def form(name, tma=None, tiles=launch.INTERPRETED):
             override(kernel, {"FUSED": FORMS[name]})
         if tiles:
             for kernel in ("mlp_fused", "mlp_grn_fused"):
-                override(kernel, {"BLOCK_M": 16, "BLOCK_K": 128})
-            override("mlp_squares", {"BLOCK_M": 32, "BLOCK_K": 128})
+                override(kernel, {"BLOCK_M": 16, "BLOCK_K": 128, "PROGRAMS": 1})
+            override("mlp_squares", {"BLOCK_M": 32, "BLOCK_K": 128, "PROGRAMS": 1})
             tile = {"BLOCK_K": 128, "GROUP": 2, "PROGRAMS": 1, "TMA": int(bool(tma))}
             override("mlp_fc1", {"BLOCK_M": 32, "BLOCK_N": 128, **tile})
             override("mlp_fc2", {"BLOCK_M": 16, "BLOCK_N": 128, **tile})

@@ -70,19 +70,25 @@ def compile_launch(launch, capability):
 def longest_sum(ptx):
     """How many FMAs are in the longest chain of them, each adding to the sum of the one before.
 
-    Infinite where the first one adds to what a turn of the loop has left for the next: a register written twice.
+    Infinite where a turn of the loop adds to what the one before has left: the first adds to a register that the last
+    is copied to.
     """
-    writes, addends, copies, lengths = {}, {}, {}, {}
+    writes, addends, copies, moved, lengths, first = {}, {}, {}, {}, {}, {}
     for name, result, operands in re.findall(r"^\s*([a-z][\w.]*)\s+(%\w+), ([^;]*);", ptx, re.MULTILINE):
         writes[result] = writes.get(result, 0) + 1
         if name == "fma.rn.f32":
             addends[result] = operands.split(", ")[2]
         elif name.startswith("mov."):
             copies[result] = operands
+            moved.setdefault(result, []).append(operands)
     for result, addend in addends.items():  # in the order of the text, so that what is added to comes first
         while addend in copies and writes[addend] == 1:
             addend = copies[addend]
-        lengths[result] = 1 + (math.inf if writes.get(addend, 0) > 1 else lengths.get(addend, 0))
+        lengths[result] = 1 + lengths.get(addend, 0)
+        first[result] = first.get(addend, addend)
+    carried = {(first.get(source), register) for register, sources in moved.items() for source in sources}
+    if any(begin == register for begin, register in carried) or any(first[each] == each for each in first):
+        return math.inf
     return max(lengths.values(), default=0)
 
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config, launch
-from .device import gelu, gelu_derivative, load_columns
+from .device import gelu, gelu_degree, gelu_derivative, load_columns
 from .partials import sum_partials
 
 __all__ = ["bias_gelu", "bias_gelu_backward"]
@@ -23,7 +23,7 @@ def _forward_kernel(
     y,
     rows,
     TANH: tl.constexpr,
-    CHEAP: tl.constexpr,
+    DEGREE: tl.constexpr,
     K: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -35,7 +35,7 @@ def _forward_kernel(
     h = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
     if bias is not None:
         h += load_columns(bias, tl.program_id(1) * BLOCK_K, BLOCK_K, K)
-    tl.store(y + offset, gelu(h, TANH, CHEAP).to(y.dtype.element_ty), mask=mask)
+    tl.store(y + offset, gelu(h, TANH, DEGREE).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -47,7 +47,7 @@ def _backward_kernel(
     partials,
     rows,
     TANH: tl.constexpr,
-    CHEAP: tl.constexpr,
+    DEGREE: tl.constexpr,
     K: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -64,7 +64,7 @@ def _backward_kernel(
         offset = row[:, None] * K + column[None, :]
         h = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32) + added
         g = tl.load(grad + offset, mask=mask, other=0.0).to(tl.float32)
-        slope = g * gelu_derivative(h, TANH, CHEAP)
+        slope = g * gelu_derivative(h, TANH, DEGREE)
         if bias is not None:
             sums += slope
         tl.store(dx + offset, slope.to(dx.dtype.element_ty), mask=mask)
@@ -97,7 +97,7 @@ config.declare("bias_gelu_backward", default=_default_backward, candidates=_cand
 def _constants(kernel: str, x: Tensor, rows: int, approximate: str) -> dict[str, int]:
     hidden = x.shape[-1]
     chosen = config.choose(kernel, channels=hidden, hidden=0, dtype=x.dtype, rows=rows, device=x.device)
-    return {"TANH": approximate == "tanh", "CHEAP": x.dtype != torch.float32, "K": hidden, **chosen.meta}
+    return {"TANH": approximate == "tanh", "DEGREE": gelu_degree(x.dtype, rounded=True), "K": hidden, **chosen.meta}
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:

@@ -11,7 +11,16 @@ import triton.language as tl
 
 from . import launch
 
-__all__ = ["images_in_tile", "launch_factors", "partials_shape", "store_squares"]
+__all__ = [
+    "images_at_once",
+    "images_in_tile",
+    "launch_factors",
+    "partials_shape",
+    "store_image_sums",
+    "store_squares",
+    "summands",
+    "unbounded",
+]
 
 
 def images_in_tile(block_m: int, rows_per_sample: int, per_sample: bool) -> int:
@@ -24,31 +33,81 @@ def partials_shape(tiles: int, hidden: int, block_m: int, rows_per_sample: int, 
     return tiles * images_in_tile(block_m, rows_per_sample, per_sample), hidden
 
 
+# --- sums over the rows of each image in a tile. Those of a product's result lie in different lanes and warps: to add
+#     up 128 rows of 64 columns takes a thread 300 instructions and 11 barriers, and that for every image; GELU of them
+#     takes 340. A product with a matrix of ones and zeros, which row is of which image, does 16 images in 100.
+
+
+@triton.constexpr_function
+def images_at_once(dtype):
+    """Of how many images a step makes the sums: fp32 ones are not rounded for a product."""
+    return 1 if dtype == tl.float32 else 16
+
+
 @triton.jit
-def _store_image_squares(partials, g, mine, slot, k, K: tl.constexpr):
-    squares = tl.sum(tl.where(mine[:, None], g * g, 0.0), 0)
-    tl.store(partials + slot.to(tl.int64) * K + k, squares, mask=k < K)
+def summands(values, dtype: tl.constexpr, SIGNED: tl.constexpr):
+    """fp32 `values` as the sums over rows take them, alone or times one another, in a computation in `dtype`.
+
+    bf16: what it rounds anyway, and two at a time. fp16 has too little range for squares: fp32, which the product for
+    the sums rounds to tf32 of as many digits. At most +-2^63, and that for NaN too: 0 times it is 0, and so it reaches
+    no other image's sum. (A row that is not inside may have anything.) SIGNED: some may be far below 0.
+    """
+    if dtype != tl.float32:
+        values = tl.minimum(values, 2.0**63)
+        if SIGNED:
+            values = tl.maximum(values, -(2.0**63))
+    if dtype == tl.bfloat16:
+        values = values.to(tl.bfloat16)
+    return values
+
+
+@triton.jit
+def unbounded(sums, FACTORS: tl.constexpr):
+    """NaN where a sum, of products of FACTORS summands, has one that was too large. (Of both signs they may cancel.)"""
+    LIMIT: tl.constexpr = 2.0 ** (63 * FACTORS - 1)
+    return tl.where(tl.abs(sums) < LIMIT, sums, float("nan"))
+
+
+@triton.jit
+def store_image_sums(
+    parts, values, image, first_image, inside, part, images, k, K: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """parts[part + i, k] = the sums of `values` (rows, columns) over the rows `inside` of image first_image + i, for i
+    below STEP = images_at_once(dtype) and `images`; read them with `unbounded`.
+
+    The values are `summands` or products of them.
+    """
+    if STEP == 1:
+        of_image = inside & (image == first_image)
+        sums = tl.sum(tl.where(of_image[:, None], values, 0.0), 0)
+        tl.store(parts + part.to(tl.int64) * K + k, sums, mask=k < K)
+    else:
+        i = tl.arange(0, STEP)
+        of_image = inside[None, :] & (image[None, :] == (first_image + i)[:, None])
+        sums = tl.dot(of_image.to(values.dtype), values, input_precision="tf32")
+        pointers = parts + (part + i).to(tl.int64)[:, None] * K + k[None, :]
+        tl.store(pointers, sums, mask=(i < images)[:, None] & (k < K)[None, :])
 
 
 @triton.jit
 def store_squares(
-    partials, g, row, inside, tile, k, rows_per_sample,
+    partials, g, row, inside, tile, k, rows_per_sample, dtype: tl.constexpr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, IMAGES: tl.constexpr, PER_SAMPLE: tl.constexpr,
 ):  # fmt: skip
     """The sums over a tile's rows of g^2 at hidden columns k, for each image; `row`, `inside` are tile_rows'."""
+    STEP: tl.constexpr = images_at_once(dtype)
+    g = summands(g, dtype, False)
     if PER_SAMPLE:
-        _store_image_squares(partials, g, inside, tile, k, K)
+        image, first_image, images = tl.zeros(row.shape, tl.int32), 0, 1
     else:
-        first_image = tile * BLOCK_M // rows_per_sample
-        image = row // rows_per_sample - first_image
-        images = tl.max(image, 0) + 1
-        if IMAGES <= 4:  # unrolled: the compiler does not pipeline a loop that has another inside
-            for i in tl.static_range(IMAGES):
-                if i < images:
-                    _store_image_squares(partials, g, inside & (image == i), tile * IMAGES + i, k, K)
-        else:
-            for i in range(images):
-                _store_image_squares(partials, g, inside & (image == i), tile * IMAGES + i, k, K)
+        image, first_image = row // rows_per_sample, tile * BLOCK_M // rows_per_sample
+        images = tl.max(image, 0) - first_image + 1
+    slot = tile * IMAGES
+    if IMAGES <= STEP:  # no loop: the compiler does not pipeline one that has another inside
+        store_image_sums(partials, g * g, image, first_image, inside, slot, images, k, K, STEP)
+    else:
+        for i in range(0, images, STEP):
+            store_image_sums(partials, g * g, image, first_image + i, inside, slot + i, images - i, k, K, STEP)
 
 
 @triton.jit(do_not_specialize=["rows_per_sample"])
@@ -70,6 +129,10 @@ def _factors_kernel(
             first_tile = image * rows_per_sample // BLOCK_M
             tiles = (image * rows_per_sample + rows_per_sample - 1) // BLOCK_M - first_tile + 1
         own = factors + image.to(tl.int64) * K
+        first_slot = first_tile
+        if not PER_SAMPLE:
+            first_slot = first_tile * IMAGES + image - first_tile * BLOCK_M // rows_per_sample
+        norms = partials + first_slot.to(tl.int64) * K  # in place of the first part, which has been read by then
         total = 0.0
         for first in range(0, K, COLUMNS):
             k = first + tl.arange(0, COLUMNS)
@@ -83,20 +146,21 @@ def _factors_kernel(
                 mask = (part < tiles)[:, None] & (k < K)[None, :]
                 pointers = partials + slot.to(tl.int64)[:, None] * K + k[None, :]
                 squares += tl.sum(tl.load(pointers, mask=mask, other=0.0), 0)
-            norm = tl.sqrt_rn(squares)
-            tl.store(own + k, norm, mask=k < K)
+            norm = tl.sqrt_rn(unbounded(squares, 2))
+            tl.store(norms + k, norm, mask=k < K)
             total += tl.sum(norm, 0)
         denominator = total / K + 1e-6
         tl.debug_barrier()  # what is read below was written above
         for first in range(0, K, COLUMNS):
             k = first + tl.arange(0, COLUMNS)
-            norm = tl.load(own + k, mask=k < K, other=0.0)
+            norm = tl.load(norms + k, mask=k < K, other=0.0)
             factor = 1.0 + tl.load(weight + k, mask=k < K, other=0.0).to(tl.float32) * tl.div_rn(norm, denominator)
             tl.store(own + k, factor, mask=k < K)
 
 
 def launch_factors(partials, weight, live_count, factors, rows_per_sample, block_m, per_sample):
-    """Fills factors (images, K) fp32 from the partial sums, for the first live_count (1,) images if that is given."""
+    """Fills factors (images, K) from the partial sums, for the first live_count (1,) images if that is given. The
+    partial sums are used up."""
     images, hidden = factors.shape
     # A program is alone with its image, and each turn of its loops waits for memory: few turns, of 4096 values.
     tiles = launch.tiles_of(rows_per_sample, block_m) + (not per_sample)
@@ -116,5 +180,5 @@ def launch_factors(partials, weight, live_count, factors, rows_per_sample, block
         PER_SAMPLE=per_sample,
         PARTS=parts,
         COLUMNS=columns,
-        num_warps=4,
+        num_warps=8,
     )

@@ -7,9 +7,9 @@ u = s dY, of every live row r, in the order it is computed:
 
     hat,  u                                                 pass, gathers the live rows
     h = hat (W1 omega)^T + (b1 + W1 theta),  dg = u (gamma W2)   products, one loop over C
-    g = GELU(h),  dh = dg GELU'(h),  db1 = sum_r dh         in their epilogue
+    g = GELU(h),  dh = dg GELU'(h)                          in their epilogue
       with GRN: sums over the image in the epilogue, the image's factors, then g' = GRN(g) and dh in a pass
-    G = u^T g,  T = dh^T hat                                products, fp32
+    G = u^T g,  T = dh^T hat,  db1 = sum_r dh               products, fp32; the last beside T, from the same dh
     dhat = dh (W1 omega),  dz = LayerNorm's backward        product; in its epilogue where a row fits the registers
     (up to 128 channels, without GRN, one kernel makes all of hat, u, g, dh and dz, before G and T)
     dW1_kc = omega_c T_kc + theta_c db1_k,  domega_c = sum_k W1_kc T_kc,  dtheta_c = sum_k W1_kc db1_k

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..reference import GRN_EPS
 from . import config, launch
+from .device import gelu_degree
 from .mlp_backward_config import MOST_ROW_COLUMNS, weight_splits
 from .mlp_backward_passes import grn_activation_kernel, grn_factors_kernel, norm_backward_kernel, prepare_kernel
 from .mlp_backward_products import hidden_gradients_kernel, input_gradient_kernel, weight_gradient_kernel
@@ -53,13 +54,14 @@ class MlpBackward:
         if sample_scale is not None:
             self.order, self.live_count = launch.sample_order(sample_scale)
 
-        self.fc1_sums = wanted[_FC1_WEIGHT] or wanted[_NORM_WEIGHT]  # T
         self.fc1_bias_sums = (  # db1
             wanted[_FC1_BIAS] or wanted[_NORM_BIAS] or (wanted[_FC1_WEIGHT] and norm_bias is not None)
         )
+        # T, in whose kernel db1 is made.
+        self.fc1_sums = wanted[_FC1_WEIGHT] or wanted[_NORM_WEIGHT] or self.fc1_bias_sums
         self.fc2_sums = wanted[_FC2_WEIGHT] or wanted[_LAYER_SCALE]  # G
         self.branch_sums = wanted[_FC2_BIAS] or (wanted[_LAYER_SCALE] and fc2_bias is not None)
-        self.grad_hidden = wanted[_Z] or self.fc1_sums or self.fc1_bias_sums  # dh
+        self.grad_hidden = wanted[_Z] or self.fc1_sums  # dh
         self.grad_activated = self.grad_hidden or wanted[_GRN_WEIGHT] or wanted[_GRN_BIAS]  # dg
         self.any_hidden = self.grad_activated or self.fc2_sums
         recomputed = self.kept is None and self.any_hidden
@@ -95,11 +97,12 @@ class MlpBackward:
         if fc1:
             self.fc1_weight = self.new(self.hidden, self.channels, dtype=self.dtype)
             self.fc1_bias = self.new(self.hidden)
-            if self.norm_weight is not None:
+            if self.norm_weight is not None and self.dtype == torch.float16:
                 self.fc1_factor = self.new(1)
         if fc2:
             self.folded_fc2_weight = self.new(self.channels, self.hidden, dtype=self.dtype)
-            self.fc2_factor = self.new(1)
+            if self.dtype == torch.float16:
+                self.fc2_factor = self.new(1)
         columns = launch.next_power_of_2(self.channels)
         fc1_rows, block_c, block_k = max(1, min(16, 4096 // columns)), 16, 128
         fc1_tiles = launch.tiles_of(self.hidden, fc1_rows) if fc1 else 0
@@ -159,7 +162,7 @@ class MlpBackward:
         size = self.dtype.itemsize
         hidden_rows = self.hidden_tiles["BLOCK_M"]
         row_bytes = size * (c * (self.normalised + self.copied) + k * (self.stores_g + self.stores_dh))
-        part_bytes = 4 * (k / hidden_rows + c / self.prepare_rows)
+        part_bytes = 4 * c / self.prepare_rows
         if grn:  # three sums, and an image's factors and sums
             part_bytes += 4 * k * (3 / hidden_rows + 8 / self.rows_per_sample)
         # A quarter for the parts of the weights' gradients, which the splits are chosen to fit.
@@ -205,15 +208,15 @@ class MlpBackward:
         if self.fc1_sums:
             direct = self.splits == 1 and self.wanted[_FC1_WEIGHT]
             self.fc1_parts = self.results[_FC1_WEIGHT] if direct else self.new(self.splits, k, c)
+        if self.fc1_bias_sums:
+            self.fc1_bias_parts = self.new(self.splits, k)
         if self.fc2_sums:
             direct = self.splits == 1 and self.wanted[_FC2_WEIGHT]
             self.fc2_parts = self.results[_FC2_WEIGHT] if direct else self.new(self.splits, c, k)
         self.grn_weight_parts = self.grn_bias_parts = None
-        tiles = launch.tiles_of(rows, self.hidden_tiles["BLOCK_M"])
         if self.grn_weight is None:
-            if self.fc1_bias_sums:
-                self.fc1_bias_parts = self.new(tiles, k)
             return
+        tiles = launch.tiles_of(rows, self.hidden_tiles["BLOCK_M"])
         images = rows // self.rows_per_sample
         self.segments = launch.tiles_of(self.rows_per_sample, _SEGMENT_ROWS)
         self.square_parts = self.new(tiles + images, k)
@@ -223,8 +226,6 @@ class MlpBackward:
         self.feedback = self.new(images, k) if self.grad_hidden else None
         self.grn_weight_parts = self.new(images, k) if self.wanted[_GRN_WEIGHT] else None
         self.grn_bias_parts = self.new(images, k) if self.wanted[_GRN_BIAS] else None
-        if self.fc1_bias_sums:
-            self.fc1_bias_parts = self.new(images * self.segments, k)
 
     # --- the launches
 
@@ -285,7 +286,7 @@ class MlpBackward:
         )
 
     def gelu_constants(self) -> dict[str, int]:
-        return {"C": self.channels, "K": self.hidden, "TANH": self.tanh, "CHEAP": self.dtype != torch.float32}
+        return {"C": self.channels, "K": self.hidden, "TANH": self.tanh, "DEGREE": gelu_degree(self.dtype)}
 
     def hidden_gradients(self, chunk: _Chunk) -> None:
         tile = self.hidden_tiles
@@ -301,11 +302,10 @@ class MlpBackward:
             self.live_count,
             self.g,
             self.dh,
-            None if grn else self.fc1_bias_parts,
             self.square_parts if grn else None,
             self.product_parts if grn else None,
             self.grad_parts if grn else None,
-            *self.place(chunk),
+            *self.place(chunk)[:3],
             **self.gelu_constants(),
             **tile,
         )
@@ -321,7 +321,6 @@ class MlpBackward:
             self.u,
             self.g,
             self.dh,
-            self.fc1_bias_parts,
             self.branch_parts,
             self.results[_Z],
             *self.place(chunk),
@@ -366,14 +365,13 @@ class MlpBackward:
             self.feedback,
             self.grn_bias,
             self.live_count,
-            self.fc1_bias_parts,
-            *self.place(chunk),
+            *self.place(chunk)[:3],
             _SEGMENT_ROWS,
             self.segments,
             K=self.hidden,
             STORE_G=self.fc2_sums,
             TANH=self.tanh,
-            CHEAP=self.dtype != torch.float32,
+            DEGREE=gelu_degree(self.dtype),
             BLOCK_M=_ACTIVATION_ROWS,
             BLOCK_N=_ACTIVATION_COLUMNS,
             num_warps=8,
@@ -385,7 +383,7 @@ class MlpBackward:
         launch.run(
             weight_gradient_kernel,
             (launch.tiles_of(self.hidden, tile["BLOCK_P"]) * tiles_q, self.splits, self.fc1_sums + self.fc2_sums),
-            *((self.dh, self.hat, self.fc1_parts) if self.fc1_sums else (None, None, None)),
+            *((self.dh, self.hat, self.fc1_parts, self.fc1_bias_parts) if self.fc1_sums else (None,) * 4),
             *((self.g, self.branch_of(chunk), self.fc2_parts) if self.fc2_sums else (None, None, None)),
             self.live_count,
             *self.place(chunk),

@@ -4,7 +4,6 @@ compiles without stack on its chips (tests/test_triton_mlp_backward.py).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 from . import config, launch
@@ -51,8 +50,10 @@ def _weight_default(problem: config.Problem) -> config.Config:
         q0, q1 = (128, 0) if problem.channels % 128 == 0 else (64, 32) if problem.channels % 96 == 0 else (64, 0)
     # From sm_100 on ptxas makes narrow tiles of 128 rows spill, for occupancy.
     p = 64 if problem.chip >= 100 and q0 + q1 < 64 else 128
-    blocks = {"BLOCK_P": p, "BLOCK_Q0": q0, "BLOCK_Q1": q1, "BLOCK_R": 64}
-    return config.Config(blocks, num_warps=8, num_stages=_stages(problem, 2 * 64 * (p + q0 + q1)))
+    # mma.sync has a wide tile's operands in registers too, and dh twice where its sums are made.
+    r = 32 if not _asynchronous(problem) and q0 + q1 > 96 else 64
+    blocks = {"BLOCK_P": p, "BLOCK_Q0": q0, "BLOCK_Q1": q1, "BLOCK_R": r}
+    return config.Config(blocks, num_warps=8, num_stages=_stages(problem, 2 * r * (p + q0 + q1)))
 
 
 def _norm_default(problem: config.Problem) -> config.Config:
@@ -157,9 +158,11 @@ def _workspace_candidates(problem: config.Problem) -> Iterator[config.Config]:
 
 config.declare("mlp_backward_workspace", default=_workspace_default, candidates=_workspace_candidates)
 config.declare("mlp_backward_hidden", default=_hidden_default, candidates=_hidden_candidates)
-# GRN's epilogue, and one that loads h, need registers that a wide tile's sums would take.
-for _form in ("grn", "kept"):
-    _default = functools.partial(_hidden_default, block_n=64)
+# An epilogue that loads h, and GRN's but on sm_90, need registers that a wide tile's sums would take.
+for _form, _default in (
+    ("grn", lambda problem: _hidden_default(problem, 128 if problem.chip == 90 else 64)),
+    ("kept", lambda problem: _hidden_default(problem, 64)),
+):
     config.declare(f"mlp_backward_hidden_{_form}", default=_default, candidates=_hidden_candidates)
 config.declare("mlp_backward_weight", default=_weight_default, candidates=_weight_candidates)
 config.declare("mlp_backward_norm", default=_norm_default, candidates=_norm_candidates)

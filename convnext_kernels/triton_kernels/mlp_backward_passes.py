@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .device import gelu_and_derivative, live_rows, row_position
+from .grn import unbounded
 from .mlp_backward_products import add_sums
 from .mlp_backward_rows import norm_sums, store_dz
 
@@ -100,6 +101,7 @@ def grn_factors_kernel(
         if product_parts is not None:
             products += tl.sum(tl.load(product_parts + part, mask=inside, other=0.0), 0)
             grads += tl.sum(tl.load(grad_parts + part, mask=inside, other=0.0), 0)
+    squares, products, grads = unbounded(squares, 2), unbounded(products, 2), unbounded(grads, 1)
     weight = tl.load(grn_weight + column, mask=mask, other=0.0).to(tl.float32)
     norm = tl.sqrt_rn(squares)
     denominator = tl.sum(norm, 0) * (1.0 / K) + EPS
@@ -119,16 +121,16 @@ def grn_factors_kernel(
         tl.store(bias_sums + row, before + grads, mask=mask)
 
 
-@triton.jit(do_not_specialize=["first", "rows", "rows_per_sample", "accumulate", "segment_rows", "segments"])
+@triton.jit(do_not_specialize=["first", "rows", "rows_per_sample", "segment_rows", "segments"])
 def grn_activation_kernel(
-    g, dh, factors, feedback, grn_bias, live_count, bias_parts, first, rows, rows_per_sample, accumulate,
-    segment_rows, segments, K: tl.constexpr, STORE_G: tl.constexpr, TANH: tl.constexpr, CHEAP: tl.constexpr,
+    g, dh, factors, feedback, grn_bias, live_count, first, rows, rows_per_sample,
+    segment_rows, segments, K: tl.constexpr, STORE_G: tl.constexpr, TANH: tl.constexpr, DEGREE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """In place of h and dg (rows, K): GRN(g) and dh = (dg * factors + g * feedback) * GELU'(h).
 
-    A program takes a segment of an image's rows, of which an image has `segments`, by BLOCK_N columns; bias_parts
-    (images * segments, K) (+)= its sums of dh. `dh` may be None. 4 P K E bytes; about 30 FLOP an element.
+    A program takes a segment of an image's rows, of which an image has `segments`, by BLOCK_N columns. `dh` may be
+    None. 4 P K E bytes; about 30 FLOP an element.
     """
     program, tile = tl.program_id(0), tl.program_id(1)
     live = live_rows(live_count, first, rows, rows_per_sample)
@@ -136,11 +138,7 @@ def grn_activation_kernel(
     column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     in_columns = column < K
     begin = image * rows_per_sample + segment * segment_rows
-    part = program.to(tl.int64) * K + column
     if begin >= live:
-        if bias_parts is not None:
-            empty = in_columns & (accumulate == 0)
-            tl.store(bias_parts + part, tl.zeros((BLOCK_N,), tl.float32), mask=empty)
         return
     end = tl.minimum(begin + segment_rows, (image + 1) * rows_per_sample)
     of_image = image.to(tl.int64) * K + column
@@ -148,23 +146,18 @@ def grn_activation_kernel(
     shift = tl.load(grn_bias + column, mask=in_columns, other=0.0).to(tl.float32)[None, :]
     if dh is not None:
         back = tl.load(feedback + of_image, mask=in_columns, other=0.0)[None, :]
-    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for r in range(begin, end, BLOCK_M):
         row = r + tl.arange(0, BLOCK_M)
         mask = (row < end)[:, None] & in_columns[None, :]
         offset = row.to(tl.int64)[:, None] * K + column[None, :]
         h = tl.load(g + offset, mask=mask, other=0.0).to(tl.float32)
-        activated, slope = gelu_and_derivative(h, TANH, CHEAP)
+        activated, slope = gelu_and_derivative(h, TANH, DEGREE)
         if STORE_G:
             tl.store(g + offset, (activated * factor + shift).to(g.dtype.element_ty), mask=mask)
         if dh is not None:
             gradient = tl.load(dh + offset, mask=mask, other=0.0).to(tl.float32)
             gradient = (gradient * factor + activated * back) * slope
             tl.store(dh + offset, gradient.to(dh.dtype.element_ty), mask=mask)
-            sums += tl.where(mask, gradient, 0.0)
-    if bias_parts is not None:
-        before = tl.load(bias_parts + part, mask=in_columns & (accumulate != 0), other=0.0)
-        tl.store(bias_parts + part, before + tl.sum(sums, 0), mask=in_columns)
 
 
 # --- LayerNorm's backward, where the product before it could not do it itself

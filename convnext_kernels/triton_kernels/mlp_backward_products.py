@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .device import add_product, gelu_and_derivative, live_rows, row_position, tile_order
+from .grn import images_at_once, store_image_sums, summands
 
 __all__ = [
     "add_sums",
@@ -51,18 +52,17 @@ def add_sums(part, values, first, COUNT: tl.constexpr, COLUMNS: tl.constexpr, ac
     tl.store(part + column, before + tl.sum(values, 0), mask=column < COLUMNS)
 
 
-@triton.jit(do_not_specialize=["first", "rows", "rows_per_sample", "accumulate"])
+@triton.jit(do_not_specialize=["first", "rows", "rows_per_sample"])
 def hidden_gradients_kernel(
-    hat, u, kept, fc1_weight, fc1_factor, fc1_bias, fc2_weight, fc2_factor, order, live_count, g, dh, bias_parts,
-    square_parts, product_parts, grad_parts, first, rows, rows_per_sample, accumulate,
-    C: tl.constexpr, K: tl.constexpr, TANH: tl.constexpr, CHEAP: tl.constexpr,
+    hat, u, kept, fc1_weight, fc1_factor, fc1_bias, fc2_weight, fc2_factor, order, live_count, g, dh,
+    square_parts, product_parts, grad_parts, first, rows, rows_per_sample,
+    C: tl.constexpr, K: tl.constexpr, TANH: tl.constexpr, DEGREE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """h = hat W1^T + b1 and dg = u W2 in one loop over C, then g = GELU(h) and dh = dg * GELU'(h).
 
     hat, u (rows, C); fc1_weight (K, C), fc2_weight (C, K) with LayerNorm's and the layer's scale in them, except for
-    the factors (1) where given. h is read from `kept` (N, ..., K) where there is no `hat`. bias_parts (tiles of rows,
-    K) (+)= the sums of dh.
+    the factors (1) where given. h is read from `kept` (N, ..., K) where there is no `hat`.
 
     With GRN (square_parts): `g` gets h and `dh` gets dg, and the parts (tiles of rows + images, K) get the sums over an
     image's rows in a tile of g^2, dg * g and dg. Tile t and image i meet in part t + i: going down the rows t or i, or
@@ -73,13 +73,10 @@ def hidden_gradients_kernel(
     tiles_n: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     tile_m, tile_n = tile_order(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tiles_n, GROUP)
     live = live_rows(live_count, first, rows, rows_per_sample)
+    if tile_m * BLOCK_M >= live:
+        return
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     in_columns = column < K
-    if tile_m * BLOCK_M >= live:
-        if bias_parts is not None:
-            empty = in_columns & (accumulate == 0)
-            tl.store(bias_parts + tile_m.to(tl.int64) * K + column, tl.zeros((BLOCK_N,), tl.float32), mask=empty)
-        return
 
     EVEN_K: tl.constexpr = K % BLOCK_N == 0
     EVEN_C: tl.constexpr = C % BLOCK_C == 0
@@ -113,32 +110,30 @@ def hidden_gradients_kernel(
     out = row.to(tl.int64)[:, None] * K + column[None, :]
     mask = inside[:, None] & in_columns[None, :]
     if square_parts is None:
-        activated, slope = gelu_and_derivative(h, TANH, CHEAP)
+        activated, slope = gelu_and_derivative(h, TANH, DEGREE)
         if g is not None:
             tl.store(g + out, activated.to(g.dtype.element_ty), mask=mask)
         if dh is not None:
-            # A selection: a row beyond the live ones has some row's values.
-            dh_tile = tl.where(inside[:, None], dg * slope, 0.0)
-            tl.store(dh + out, dh_tile.to(dh.dtype.element_ty), mask=mask)
-            if bias_parts is not None:
-                add_sums(bias_parts + tile_m.to(tl.int64) * K, dh_tile, tile_n * BLOCK_N, BLOCK_N, K, accumulate)
+            tl.store(dh + out, (dg * slope).to(dh.dtype.element_ty), mask=mask)
     else:
         # The next pass activates the rounded h: GRN's norms are those of the same values.
         rounded = h.to(g.dtype.element_ty)
         tl.store(g + out, rounded, mask=mask)
-        activated, _ = gelu_and_derivative(rounded.to(tl.float32), TANH, CHEAP)
+        activated, _ = gelu_and_derivative(rounded.to(tl.float32), TANH, DEGREE)
         if u is not None:
             tl.store(dh + out, dg.to(dh.dtype.element_ty), mask=mask)
         image = row // rows_per_sample
         first_image = tile_m * BLOCK_M // rows_per_sample
         last_image = (tl.minimum(tile_m * BLOCK_M + BLOCK_M, live) - 1) // rows_per_sample
-        for i in range(first_image, last_image + 1):
-            of_image = (inside & (image == i))[:, None]
-            part = (tile_m + i).to(tl.int64) * K + column
-            tl.store(square_parts + part, tl.sum(tl.where(of_image, activated * activated, 0.0), 0), mask=in_columns)
+        dtype: tl.constexpr = g.dtype.element_ty
+        STEP: tl.constexpr = images_at_once(dtype)
+        a, d = summands(activated, dtype, False), summands(dg, dtype, True)
+        for i in range(first_image, last_image + 1, STEP):
+            part, images = tile_m + i, last_image - i + 1
+            store_image_sums(square_parts, a * a, image, i, inside, part, images, column, K, STEP)
             if u is not None:
-                tl.store(product_parts + part, tl.sum(tl.where(of_image, dg * activated, 0.0), 0), mask=in_columns)
-                tl.store(grad_parts + part, tl.sum(tl.where(of_image, dg, 0.0), 0), mask=in_columns)
+                store_image_sums(product_parts, d * a, image, i, inside, part, images, column, K, STEP)
+                store_image_sums(grad_parts, d, image, i, inside, part, images, column, K, STEP)
 
 
 @triton.jit
@@ -170,9 +165,52 @@ def _add_tile(
         _add_parts(parts, sums1, p, q1, P, Q, STRIDE_P, STRIDE_Q, accumulate)
 
 
+@triton.jit
+def _sum_products(
+    wide, narrow, begin, end, p, q0, q1, column_part, accumulate,
+    P: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q0: tl.constexpr, BLOCK_Q1: tl.constexpr,
+    BLOCK_R: tl.constexpr, COLUMN_SUMS: tl.constexpr,
+):  # fmt: skip
+    """wide^T narrow over rows begin to end, in two pieces of columns. COLUMN_SUMS: and column_part (+)= wide's sums."""
+    sums0 = tl.zeros((BLOCK_P, BLOCK_Q0), tl.float32)
+    if BLOCK_Q1 > 0:
+        sums1 = tl.zeros((BLOCK_P, BLOCK_Q1), tl.float32)
+    TENSOR_CORES: tl.constexpr = wide.dtype.element_ty != tl.float32
+    if COLUMN_SUMS:
+        if TENSOR_CORES:  # wide is where they read it, and not in registers: its sums are its product with ones
+            ONES: tl.constexpr = 16  # columns, the fewest that every Triton makes a product of
+            ones = tl.full((BLOCK_R, ONES), 1.0, wide.dtype.element_ty)
+            column_sums = tl.zeros((BLOCK_P, ONES), tl.float32)
+        else:
+            column_sums = tl.zeros((BLOCK_P, BLOCK_R), tl.float32)
+    EVEN_P: tl.constexpr = P % BLOCK_P == 0
+    EVEN_Q: tl.constexpr = Q % (BLOCK_Q0 + BLOCK_Q1) == 0
+    for r in range(begin, end, BLOCK_R):
+        row = r + tl.arange(0, BLOCK_R)
+        x = _load_rows(wide, row, p, end, P, EVEN_P).T
+        sums0 = add_product(sums0, x, _load_rows(narrow, row, q0, end, Q, EVEN_Q))
+        if BLOCK_Q1 > 0:
+            sums1 = add_product(sums1, x, _load_rows(narrow, row, q1, end, Q, EVEN_Q))
+        if COLUMN_SUMS:
+            if TENSOR_CORES:
+                column_sums = add_product(column_sums, x, ones)
+            else:
+                column_sums += x
+    if COLUMN_SUMS:
+        if TENSOR_CORES:
+            total = tl.max(column_sums, 1)  # its columns are the same
+        else:
+            total = tl.sum(column_sums, 1)
+        before = tl.load(column_part + p, mask=(p < P) & (accumulate != 0), other=0.0)
+        tl.store(column_part + p, before + total, mask=p < P)
+    if BLOCK_Q1 == 0:
+        sums1 = sums0
+    return sums0, sums1
+
+
 @triton.jit(do_not_specialize=["first", "rows", "rows_per_sample", "accumulate", "splits"])
 def weight_gradient_kernel(
-    dh, hat, fc1_parts, g, u, fc2_parts, live_count, first, rows, rows_per_sample, accumulate, splits,
+    dh, hat, fc1_parts, fc1_bias_parts, g, u, fc2_parts, live_count, first, rows, rows_per_sample, accumulate, splits,
     P: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q0: tl.constexpr, BLOCK_Q1: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -181,6 +219,7 @@ def weight_gradient_kernel(
     dh, g (rows, P); hat, u (rows, Q); fc1_parts (splits, P, Q), fc2_parts (splits, Q, P). Each product is one of a wide
     matrix, transposed, and a narrow one, and they are what the grid's third dimension counts; or one is None. A tile is
     BLOCK_P x (BLOCK_Q0 + BLOCK_Q1). The splits share the live rows evenly, so that dropped samples cost nothing.
+    fc1_bias_parts (splits, P), where given, (+)= the sums of dh: the programs of the first columns make them.
 
     For each, 2 P Q FLOP and (P + Q) E bytes a row, P E of it once for each tile of columns; 4 P Q bytes a split.
     """
@@ -193,28 +232,28 @@ def weight_gradient_kernel(
     else:
         wide, narrow = tl.where(tl.program_id(2) == 0, dh, g), tl.where(tl.program_id(2) == 0, hat, u)
     p = tile // tiles_q * BLOCK_P + tl.arange(0, BLOCK_P)
-    q0 = tile % tiles_q * (BLOCK_Q0 + BLOCK_Q1) + tl.arange(0, BLOCK_Q0)
+    tile_q = tile % tiles_q
+    q0 = tile_q * (BLOCK_Q0 + BLOCK_Q1) + tl.arange(0, BLOCK_Q0)
+    q1 = q0
+    if BLOCK_Q1 > 0:
+        q1 = tile_q * (BLOCK_Q0 + BLOCK_Q1) + BLOCK_Q0 + tl.arange(0, BLOCK_Q1)
     live = live_rows(live_count, first, rows, rows_per_sample)
     share = tl.cdiv(tl.cdiv(live, splits), BLOCK_R) * BLOCK_R
     begin = split * share
     end = tl.minimum(begin + share, live)
 
-    sums0 = tl.zeros((BLOCK_P, BLOCK_Q0), tl.float32)
-    if BLOCK_Q1 > 0:
-        q1 = tile % tiles_q * (BLOCK_Q0 + BLOCK_Q1) + BLOCK_Q0 + tl.arange(0, BLOCK_Q1)
-        sums1 = tl.zeros((BLOCK_P, BLOCK_Q1), tl.float32)
-    EVEN_P: tl.constexpr = P % BLOCK_P == 0
-    EVEN_Q: tl.constexpr = Q % (BLOCK_Q0 + BLOCK_Q1) == 0
-    for r in range(begin, end, BLOCK_R):
-        row = r + tl.arange(0, BLOCK_R)
-        x = _load_rows(wide, row, p, end, P, EVEN_P).T
-        sums0 = add_product(sums0, x, _load_rows(narrow, row, q0, end, Q, EVEN_Q))
-        if BLOCK_Q1 > 0:
-            sums1 = add_product(sums1, x, _load_rows(narrow, row, q1, end, Q, EVEN_Q))
+    if fc1_bias_parts is not None and (tile_q == 0 and tl.program_id(2) == 0):
+        sums0, sums1 = _sum_products(
+            dh, hat, begin, end, p, q0, q1, fc1_bias_parts + split * P, accumulate,
+            P, Q, BLOCK_P, BLOCK_Q0, BLOCK_Q1, BLOCK_R, True,
+        )  # fmt: skip
+    else:
+        sums0, sums1 = _sum_products(
+            wide, narrow, begin, end, p, q0, q1, None, accumulate,
+            P, Q, BLOCK_P, BLOCK_Q0, BLOCK_Q1, BLOCK_R, False,
+        )  # fmt: skip
 
     place = split.to(tl.int64) * (P * Q)
-    if BLOCK_Q1 == 0:
-        sums1, q1 = sums0, q0
     if g is None:
         _add_tile(fc1_parts + place, sums0, sums1, p, q0, q1, P, Q, Q, 1, BLOCK_Q1, accumulate)
     elif dh is None:

@@ -186,8 +186,8 @@ def _empty_dz(
 @triton.jit(do_not_specialize=["first", "rows", "rows_per_sample", "accumulate"])
 def row_gradients_kernel(
     z, mean, rstd, grad, sample_scale, order, live_count, kept, fc1_weight, fc1_factor, fc1_bias, fc2_weight,
-    fc2_factor, hat, u, g, dh, bias_parts, branch_parts, dz, first, rows, rows_per_sample, accumulate,
-    C: tl.constexpr, K: tl.constexpr, TANH: tl.constexpr, CHEAP: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr,
+    fc2_factor, hat, u, g, dh, branch_parts, dz, first, rows, rows_per_sample, accumulate,
+    C: tl.constexpr, K: tl.constexpr, TANH: tl.constexpr, DEGREE: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """prepare_kernel, hidden_gradients_kernel and norm_gradient_kernel in one, for whole rows.
@@ -202,8 +202,6 @@ def row_gradients_kernel(
     if order is not None:
         _empty_dz(dz, tile * BLOCK_M, live, first, rows, order, rows_per_sample, C, C0, C1, BLOCK_M)
     if tile * BLOCK_M >= live:
-        if bias_parts is not None:
-            _empty_sums(bias_parts + tile.to(tl.int64) * K, K, BLOCK_K, accumulate)
         if branch_parts is not None:
             _empty_sums(branch_parts + tile.to(tl.int64) * C, C, C0, accumulate)
         return
@@ -236,6 +234,12 @@ def row_gradients_kernel(
             C, C0, C1,
         )  # fmt: skip
 
+    # Out of the loop: the compiler would fetch them again in every turn.
+    fc1_largest, fc2_largest = None, None
+    if fc1_factor is not None:
+        fc1_largest = tl.load(fc1_factor)
+    if fc2_factor is not None:
+        fc2_largest = tl.load(fc2_factor)
     for k in range(0, K, BLOCK_K):
         hidden = k + tl.arange(0, BLOCK_K)
         in_columns = hidden < K
@@ -252,21 +256,20 @@ def row_gradients_kernel(
             if C1 > 0:
                 h = add_product(h, hat1, first1.T)
             if fc1_factor is not None:
-                h *= tl.load(fc1_factor)
+                h *= fc1_largest
             if fc1_bias is not None:
                 h += tl.load(fc1_bias + hidden, mask=in_columns, other=0.0).to(tl.float32)[None, :]
         if fc2_factor is not None:
-            dg *= tl.load(fc2_factor)
+            dg *= fc2_largest
 
-        activated, slope = gelu_and_derivative(h, TANH, CHEAP)
+        activated, slope = gelu_and_derivative(h, TANH, DEGREE)
         out = row.to(tl.int64)[:, None] * K + hidden[None, :]
         mask = inside & in_columns[None, :]
         if g is not None:
             tl.store(g + out, activated.to(g.dtype.element_ty), mask=mask)
-        # A selection: a row beyond the live ones has some row's values; a column beyond K has none.
-        gradient = tl.where(mask, dg * slope, 0.0)
-        if bias_parts is not None:
-            add_sums(bias_parts + tile.to(tl.int64) * K, gradient, k, BLOCK_K, K, accumulate)
+        gradient = dg * slope
+        if not EVEN_K:  # a column beyond K has no h
+            gradient = tl.where(in_columns[None, :], gradient, 0.0)
         rounded = gradient.to(z.dtype.element_ty)
         if dh is not None:
             tl.store(dh + out, rounded, mask=mask)

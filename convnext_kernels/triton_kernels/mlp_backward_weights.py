@@ -12,9 +12,9 @@ from .device import load_columns
 __all__ = ["fold_weights_kernel", "parameter_gradients_kernel"]
 
 
-# --- the weights of the products. A factor in front of a row or column of a weight goes into the weight, divided by the
-#     largest factor: fp16 would lose a layer scale of 1e-6, which training starts with, below its least number; beside
-#     the largest it loses only what does not count. The product's fp32 result is multiplied by the largest.
+# --- the weights of the products. A factor in front of a row or column of a weight goes into the weight; in fp16
+#     divided by the largest factor: it would lose a layer scale of 1e-6, which training starts with, below its least
+#     number; beside the largest it loses only what does not count. The product's fp32 result is multiplied by it.
 
 
 @triton.jit
@@ -42,10 +42,13 @@ def _fold_norm(
         shift += tl.sum(values * load_columns(norm_bias, 0, COLUMNS, C), 1)
     tl.store(folded_bias + hidden, shift, mask=hidden < K)
     if norm_weight is not None:
-        largest = _largest(norm_weight, C, COLUMNS)
-        if tile == 0:
-            tl.store(factor, largest)
-        values *= load_columns(norm_weight, 0, COLUMNS, C) / largest
+        scale = load_columns(norm_weight, 0, COLUMNS, C)
+        if factor is not None:
+            largest = _largest(norm_weight, C, COLUMNS)
+            if tile == 0:
+                tl.store(factor, largest)
+            scale = scale / largest
+        values *= scale
     tl.store(folded + offset, values.to(folded.dtype.element_ty), mask=mask)
 
 
@@ -55,14 +58,16 @@ def _fold_layer_scale(
     C: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles_k: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    largest = _largest(layer_scale, C, COLUMNS)
-    if tile == 0:
-        tl.store(factor, largest)
     channel = tile // tiles_k * BLOCK_C + tl.arange(0, BLOCK_C)
     column = tile % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
     mask = (channel < C)[:, None] & (column < K)[None, :]
     offset = channel[:, None] * K + column[None, :]
-    scale = tl.load(layer_scale + channel, mask=channel < C, other=0.0).to(tl.float32) / largest
+    scale = tl.load(layer_scale + channel, mask=channel < C, other=0.0).to(tl.float32)
+    if factor is not None:
+        largest = _largest(layer_scale, C, COLUMNS)
+        if tile == 0:
+            tl.store(factor, largest)
+        scale = scale / largest
     values = tl.load(weight + offset, mask=mask, other=0.0).to(tl.float32) * scale[:, None]
     tl.store(folded + offset, values.to(folded.dtype.element_ty), mask=mask)
 
@@ -77,7 +82,7 @@ def fold_weights_kernel(
     """LayerNorm's affine part in the product after it: folded_fc1 (K, C) = fc1_weight * norm_weight / fc1_factor in the
     compute dtype, fc1_factor (1) = max |norm_weight|, folded_bias (K) = fc1_bias + fc1_weight norm_bias in fp32. And
     layer scale in the product before it: folded_fc2 (C, K) = layer_scale / fc2_factor * fc2_weight, fc2_factor (1) =
-    max |layer_scale|.
+    max |layer_scale|. A factor that is None is 1.
 
     Without FC1_TILES, or without a layer_scale, only the other. C K (E + the bytes of a weight) bytes for each.
     """

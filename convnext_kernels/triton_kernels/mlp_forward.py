@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .._cast import cast
 from . import config, grn, launch
+from .device import gelu_degree
 from .mlp_fused import fused_kernel, squares_kernel
 from .mlp_two_kernels import fc1_kernel, fc2_kernel, norm_kernel
 
@@ -51,31 +52,35 @@ def _default_grn_form(problem: config.Problem) -> config.Config:
     return config.Config({"FUSED": int(problem.dtype.itemsize == 2 and problem.channels <= 128)})
 
 
+def _fused(m: int, k: int, warps: int, stages: int = 2, programs: int = 1) -> config.Config:
+    """PROGRAMS: blocks that the registers of a multiprocessor must hold."""
+    return config.Config({"BLOCK_M": m, "BLOCK_K": k, "PROGRAMS": programs}, num_warps=warps, num_stages=stages)
+
+
 def _default_fused(problem: config.Problem) -> config.Config:
     width = sum(launch.column_pieces(problem.channels))
     if problem.chip in _HOPPER_AND_LATER:
         if width <= 128:
-            return config.Config({"BLOCK_M": 64, "BLOCK_K": 64}, num_warps=4, num_stages=2)
-        if width <= 192:
-            return config.Config({"BLOCK_M": 128, "BLOCK_K": 64}, num_warps=8, num_stages=2)
-        return config.Config({"BLOCK_M": 64, "BLOCK_K": 32}, num_warps=8, num_stages=2)
+            third = problem.chip == 90 and width <= 96 and problem.dtype == torch.bfloat16
+            return _fused(64, 64, warps=4, programs=3 if third else 1)
+        return _fused(128, 64, warps=8) if width <= 192 else _fused(64, 32, warps=8)
     if width <= 128:
-        return config.Config({"BLOCK_M": 64, "BLOCK_K": 32}, num_warps=4, num_stages=2)
+        return _fused(64, 32, warps=4)
     if width <= 192:
-        return config.Config({"BLOCK_M": 64, "BLOCK_K": 16}, num_warps=8, num_stages=2)
-    return config.Config({"BLOCK_M": 64 if width <= 256 else 32, "BLOCK_K": 32}, num_warps=8, num_stages=2)
+        return _fused(64, 16, warps=8)
+    return _fused(64 if width <= 256 else 32, 32, warps=8)
 
 
 def _default_grn_fused(problem: config.Problem) -> config.Config:
-    if problem.chip in _HOPPER_AND_LATER or problem.channels > 128:
+    if sum(launch.column_pieces(problem.channels)) > 128:
         return _default_fused(problem)
-    return config.Config({"BLOCK_M": 64, "BLOCK_K": 32}, num_warps=8, num_stages=2)
+    return _fused(64, 64, warps=4) if problem.chip in _HOPPER_AND_LATER else _fused(64, 32, warps=8)
 
 
 def _default_squares(problem: config.Problem) -> config.Config:
     width = sum(launch.column_pieces(problem.channels))
     narrow = width <= (192 if problem.chip in _HOPPER_AND_LATER else 128)
-    return config.Config({"BLOCK_M": 64, "BLOCK_K": 32}, num_warps=4 if narrow else 8, num_stages=2)
+    return _fused(64, 32, warps=4 if narrow else 8)
 
 
 def _product(m: int, n: int, k: int, programs: int, tma: bool, warps: int, stages: int) -> config.Config:
@@ -105,7 +110,9 @@ def _fused_candidates(problem: config.Problem) -> Iterator[config.Config]:
     for block_m, warps in ((64, 4), (64, 8), (128, 8)):
         for block_k in (32, 64):
             for stages in (2, 3):
-                yield config.Config({"BLOCK_M": block_m, "BLOCK_K": block_k}, num_warps=warps, num_stages=stages)
+                yield _fused(block_m, block_k, warps, stages)
+    for block_m, block_k, warps, programs in ((64, 64, 4, 3), (64, 32, 4, 4), (128, 64, 8, 2), (128, 32, 8, 2)):
+        yield _fused(block_m, block_k, warps, programs=programs)
 
 
 def _product_candidates(problem: config.Problem) -> Iterator[config.Config]:
@@ -235,7 +242,7 @@ def layer_norm_mlp(
                 order=(None, None) if sample_scale is None else launch.sample_order(sample_scale),
                 eps=float(eps),
                 math={"C": channels, "K": hidden_columns},
-                gelu={"TANH": approximate == "tanh", "CHEAP": z.dtype != torch.float32},
+                gelu={"TANH": approximate == "tanh", "DEGREE": gelu_degree(z.dtype)},
                 y=y,
                 mean=mean,
                 rstd=rstd,
@@ -292,15 +299,15 @@ class _Call:
 
 
 def _factors_of(
-    call: _Call, images: int, live_count: Tensor | None, block_m: int, tiles: int
+    call: _Call, images: int, live_count: Tensor | None, block_m: int, tiles: int, dtype: torch.dtype
 ) -> tuple[Tensor, Callable[[], Tensor]]:
-    """GRN: a buffer for the partial sums of `tiles` row tiles, and what makes the factors (images, K) of it."""
+    """GRN: a buffer for the partial sums of `tiles` row tiles, and what makes factors (images, K) in `dtype` of it."""
     per_sample, per_image = call.tiles_per_sample(block_m), call.rows_per_sample
     shape = grn.partials_shape(tiles, call.math["K"], block_m, per_image, per_sample)
     partials = torch.empty(shape, dtype=torch.float32, device=call.z.device)
 
     def finish() -> Tensor:
-        factors = torch.empty((images, call.math["K"]), dtype=torch.float32, device=call.z.device)
+        factors = torch.empty((images, call.math["K"]), dtype=dtype, device=call.z.device)
         grn.launch_factors(partials, call.grn[0], live_count, factors, per_image, block_m, per_sample)
         return factors
 
@@ -317,7 +324,7 @@ def _run_fused(call: _Call) -> None:
         block_m = chosen["BLOCK_M"]
         per_sample = call.tiles_per_sample(block_m)
         tiles = launch.row_tiles(call.rows, call.rows_per_sample, block_m, per_sample)
-        partials, finish = _factors_of(call, call.z.shape[0], live_count, block_m, tiles)
+        partials, finish = _factors_of(call, call.z.shape[0], live_count, block_m, tiles, torch.float32)
         images = grn.images_in_tile(block_m, call.rows_per_sample, per_sample)
         launch.run(
             squares_kernel,
@@ -332,7 +339,8 @@ def _run_fused(call: _Call) -> None:
             call.rows_per_sample,
             call.eps,
             **constants,
-            **chosen.meta,
+            **_constants(chosen),
+            **_most_registers(chosen),
             PER_SAMPLE=per_sample,
             IMAGES=images,
         )
@@ -360,7 +368,8 @@ def _run_fused(call: _Call) -> None:
         call.rows_per_sample,
         call.eps,
         **constants,
-        **chosen.meta,
+        **_constants(chosen),
+        **(_most_registers(chosen) if call.hidden is None else {}),  # storing h takes some of its own
         PER_SAMPLE=per_sample,
     )
 
@@ -414,8 +423,9 @@ def _run_two_kernels(call: _Call) -> None:
         tiles = launch.row_tiles(rows, per_image, fc1["BLOCK_M"], per_sample)
         partials = finish = factors = None
         if has_grn:
-            chunk_live = None if live_count is None else (live_count - first // per_image).clamp_(0, rows // per_image)
-            partials, finish = _factors_of(call, rows // per_image, chunk_live, fc1["BLOCK_M"], tiles)
+            images = rows // per_image
+            chunk_live = None if live_count is None else (live_count - first // per_image).clamp_(0, images)
+            partials, finish = _factors_of(call, images, chunk_live, fc1["BLOCK_M"], tiles, z.dtype)
         launch.run(
             fc1_kernel,
             _persistent(fc1, tiles, hidden_columns, chip),
@@ -430,6 +440,8 @@ def _run_two_kernels(call: _Call) -> None:
             **call.math,
             **call.gelu,
             **_constants(fc1),
+            # With GRN's sums the compiler would take more, and need not where operands are in shared memory.
+            **(_most_registers(fc1) if has_grn and chip.capability == 90 else {}),
             PER_SAMPLE=per_sample,
             IMAGES=grn.images_in_tile(fc1["BLOCK_M"], per_image, per_sample),
         )
@@ -467,6 +479,12 @@ def _persistent(chosen: config.Config, row_tiles: int, columns: int, chip: launc
 
 def _constants(chosen: config.Config) -> dict[str, int]:
     return {name: value for name, value in chosen.meta.items() if name != "PROGRAMS"}
+
+
+def _most_registers(chosen: config.Config) -> dict[str, int]:
+    """As many as let PROGRAMS blocks share a multiprocessor; they are given out to threads by eights."""
+    registers = 65536 // (32 * chosen["PROGRAMS"] * chosen["num_warps"]) // 8 * 8
+    return {"maxnreg": registers} if registers < 256 else {}
 
 
 def _tiled(chosen: config.Config, rows: Tensor, weight: Tensor) -> tuple[Any, Any]:

@@ -138,7 +138,7 @@ def fused_kernel(
     z, residual, norm_weight, norm_bias, fc1_weight, fc1_bias, factors, grn_bias, fc2_weight, fc2_bias, layer_scale,
     sample_scale, order, y, mean, rstd, hidden, rows, rows_per_sample, eps,
     C: tl.constexpr, K: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    TANH: tl.constexpr, CHEAP: tl.constexpr, PER_SAMPLE: tl.constexpr,
+    TANH: tl.constexpr, DEGREE: tl.constexpr, PER_SAMPLE: tl.constexpr,
 ):  # fmt: skip
     """A program takes a tile of BLOCK_M rows. Grid: launch.row_tiles(rows, rows_per_sample, BLOCK_M, PER_SAMPLE).
 
@@ -174,7 +174,7 @@ def fused_kernel(
                 if HAS_SCALE:
                     kept_h = tl.where(live[:, None], h, 0.0)
                 tl.store(hidden + position[:, None] * K + k[None, :], kept_h.to(hidden.dtype.element_ty), mask=mask)
-            g = gelu(h, TANH, CHEAP)
+            g = gelu(h, TANH, DEGREE)
             if factors is not None:
                 if PER_SAMPLE:  # one sample a tile: a vector
                     image = (tl.program_id(0) // tl.cdiv(rows_per_sample, BLOCK_M)).to(tl.int64)
@@ -199,7 +199,7 @@ def fused_kernel(
 def squares_kernel(
     z, norm_weight, norm_bias, fc1_weight, fc1_bias, live_count, order, partials, rows, rows_per_sample, eps,
     C: tl.constexpr, K: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    TANH: tl.constexpr, CHEAP: tl.constexpr, PER_SAMPLE: tl.constexpr, IMAGES: tl.constexpr,
+    TANH: tl.constexpr, DEGREE: tl.constexpr, PER_SAMPLE: tl.constexpr, IMAGES: tl.constexpr,
 ):  # fmt: skip
     """GRN's sums of squares, without writing what they are of. Grid as fused_kernel's; partials: grn.partials_shape."""
     EVEN_K: tl.constexpr = K % BLOCK_K == 0
@@ -216,5 +216,7 @@ def squares_kernel(
         for first in range(0, K, BLOCK_K):
             k = first + tl.arange(0, BLOCK_K)
             h = _hidden_columns(a0, a1, fc1_weight, fc1_bias, k, C, K, C0, C1, EVEN_K)
-            g = gelu(h, TANH, CHEAP)
-            store_squares(partials, g, row, inside, tile, k, rows_per_sample, K, BLOCK_M, IMAGES, PER_SAMPLE)
+            g = gelu(h, TANH, DEGREE)
+            store_squares(
+                partials, g, row, inside, tile, k, rows_per_sample, z.dtype.element_ty, K, BLOCK_M, IMAGES, PER_SAMPLE
+            )

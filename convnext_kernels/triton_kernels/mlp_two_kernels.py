@@ -127,7 +127,7 @@ def _load_tile(
 @triton.jit
 def _activate(
     acc, bias, g, hidden, partials, row, inside, position, row_tile, first_column, rows_per_sample,
-    K: tl.constexpr, COUNT: tl.constexpr, BLOCK_M: tl.constexpr, TANH: tl.constexpr, CHEAP: tl.constexpr,
+    K: tl.constexpr, COUNT: tl.constexpr, BLOCK_M: tl.constexpr, TANH: tl.constexpr, DEGREE: tl.constexpr,
     PER_SAMPLE: tl.constexpr, IMAGES: tl.constexpr,
 ):  # fmt: skip
     """fc1_kernel's epilogue for columns first_column to first_column + COUNT, at most 64 at a time: see epilogue.py."""
@@ -136,11 +136,11 @@ def _activate(
         left, right = halves(acc, COUNT)
         _activate(
             left, bias, g, hidden, partials, row, inside, position, row_tile, first_column, rows_per_sample,
-            K, H, BLOCK_M, TANH, CHEAP, PER_SAMPLE, IMAGES,
+            K, H, BLOCK_M, TANH, DEGREE, PER_SAMPLE, IMAGES,
         )  # fmt: skip
         _activate(
             right, bias, g, hidden, partials, row, inside, position, row_tile, first_column + H, rows_per_sample,
-            K, H, BLOCK_M, TANH, CHEAP, PER_SAMPLE, IMAGES,
+            K, H, BLOCK_M, TANH, DEGREE, PER_SAMPLE, IMAGES,
         )  # fmt: skip
     else:
         k = first_column + tl.arange(0, COUNT)
@@ -149,18 +149,20 @@ def _activate(
         mask = inside[:, None] & (k < K)[None, :]
         if hidden is not None:
             tl.store(hidden + position[:, None] * K + k[None, :], acc.to(hidden.dtype.element_ty), mask=mask)
-        value = gelu(acc, TANH, CHEAP).to(g.dtype.element_ty)
-        tl.store(g + row.to(tl.int64)[:, None] * K + k[None, :], value, mask=mask)
-        if partials is not None:  # of the rounded g: half the registers, and what fc2_kernel multiplies
-            value = value.to(tl.float32)
-            store_squares(partials, value, row, inside, row_tile, k, rows_per_sample, K, BLOCK_M, IMAGES, PER_SAMPLE)
+        activated = gelu(acc, TANH, DEGREE)
+        tl.store(g + row.to(tl.int64)[:, None] * K + k[None, :], activated.to(g.dtype.element_ty), mask=mask)
+        if partials is not None:
+            store_squares(
+                partials, activated, row, inside, row_tile, k, rows_per_sample, g.dtype.element_ty, K, BLOCK_M, IMAGES,
+                PER_SAMPLE,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first_row", "rows", "rows_per_sample"])
 def fc1_kernel(
     a, weight, bias, g, hidden, partials, live_count, order, first_row, rows, rows_per_sample,
     C: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr, TANH: tl.constexpr, CHEAP: tl.constexpr, TMA: tl.constexpr, PER_SAMPLE: tl.constexpr,
+    GROUP: tl.constexpr, TANH: tl.constexpr, DEGREE: tl.constexpr, TMA: tl.constexpr, PER_SAMPLE: tl.constexpr,
     IMAGES: tl.constexpr,
 ):  # fmt: skip
     """g = GELU(a weight^T + bias): a (rows, C) and g (rows, K) packed, weight (K, C).
@@ -187,7 +189,7 @@ def fc1_kernel(
             _, position = row_position(first_row + row, order, rows_per_sample)
         _activate(
             acc, bias, g, hidden, partials, row, inside, position, row_tile, column_tile * BLOCK_N, rows_per_sample,
-            K, BLOCK_N, BLOCK_M, TANH, CHEAP, PER_SAMPLE, IMAGES,
+            K, BLOCK_N, BLOCK_M, TANH, DEGREE, PER_SAMPLE, IMAGES,
         )  # fmt: skip
 
 
@@ -200,7 +202,7 @@ def fc2_kernel(
 ):  # fmt: skip
     """y = residual + scale * layer_scale * ((g * factors + grn_bias) weight^T + bias); g (rows, K), weight (C, K).
 
-    `factors` (images, K) fp32, or None without GRN. y and residual are at the rows' own places.
+    `factors` (images, K) in the dtype of g, or None without GRN. y and residual are at the rows' own places.
     """
     live = live_rows(live_count, first_row, rows, rows_per_sample)
     if PER_SAMPLE:
@@ -220,12 +222,14 @@ def fc2_kernel(
                 columns = k + tl.arange(0, BLOCK_K)
                 there = (columns < K)[None, :]
                 if PER_SAMPLE:
-                    factor = load_columns(factors + (first // rows_per_sample).to(tl.int64) * K, k, BLOCK_K, K)
+                    of_image = factors + (first // rows_per_sample).to(tl.int64) * K
+                    factor = tl.load(of_image + columns, mask=columns < K, other=0.0)[None, :]
                 else:
                     image = (row // rows_per_sample).to(tl.int64)
                     factor = tl.load(factors + image[:, None] * K + columns[None, :], mask=there, other=0.0)
-                scaled = rows_tile.to(tl.float32) * factor + load_columns(grn_bias, k, BLOCK_K, K)
-                rows_tile = scaled.to(rows_tile.dtype)
+                # In the dtype of g: 16-bit numbers two at a time, rounded once. In fp32 it took as long as the product.
+                shift = load_columns(grn_bias, k, BLOCK_K, K).to(rows_tile.dtype)
+                rows_tile = tl.fma(rows_tile, factor, shift)
             acc = add_product(acc, rows_tile, tl.trans(columns_tile))
         sample, position = row_position(first_row + row, order, rows_per_sample)
         scale = None
