@@ -29,10 +29,10 @@ __all__ = [
 def gelu_degree(dtype: torch.dtype, rounded: bool = False) -> int:
     """DEGREE for tensors of a dtype; `rounded`: GELU's argument has been rounded to it.
 
-    PyTorch rounds h = a W1^T + b1 to bf16 and then f, GELU or its derivative: errors of up to 2^-9 (|f| + |h f'|). Where
-    h stays in fp32, degree 5 adds 2^-10.4 (|f| + |h f'|) to the second of the two, at most 2^-12.7 for GELU and 2^-11.5
-    for the derivative. It takes 9 instructions instead of 13, and products as narrow as a ConvNeXt's wait for GELU.
-    Where h is a bf16 number, and in fp16, degree 8 keeps what digits there are.
+    PyTorch rounds h = a W1^T + b1 to bf16 and then f, GELU or its derivative: errors of up to 2^-9 (|f| + |h f'|).
+    Where h stays in fp32, degree 5 adds 2^-10.4 (|f| + |h f'|) to the second of the two, at most 2^-12.7 for GELU and
+    2^-11.5 for the derivative. It takes 9 instructions instead of 13, and products as narrow as a ConvNeXt's wait for
+    GELU. Where h is a bf16 number, and in fp16, degree 8 keeps what digits there are.
     """
     if dtype == torch.float32:
         return 0

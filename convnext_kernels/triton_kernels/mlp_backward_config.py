@@ -47,7 +47,10 @@ def _weight_default(problem: config.Problem) -> config.Config:
         return config.Config(blocks, num_warps=8, num_stages=2)
     q0, q1 = launch.column_pieces(problem.channels)
     if q0 + q1 > (192 if _asynchronous(problem) else 128):
-        q0, q1 = (128, 0) if problem.channels % 128 == 0 else (64, 32) if problem.channels % 96 == 0 else (64, 0)
+        # A wide tile reads fewer bytes of the L2 for a product; 192 divides a ConvNeXt's 384 and 768.
+        wide = ((128, 64), (256, 0)) if _asynchronous(problem) else ()
+        tiles = (*wide, (128, 0), (64, 32), (64, 0))
+        q0, q1 = next((tile for tile in tiles if problem.channels % sum(tile) == 0), tiles[-1])
     # From sm_100 on ptxas makes narrow tiles of 128 rows spill, for occupancy.
     p = 64 if problem.chip >= 100 and q0 + q1 < 64 else 128
     # mma.sync has a wide tile's operands in registers too, and dh twice where its sums are made.
@@ -102,8 +105,10 @@ def _rows_candidates(problem: config.Problem) -> Iterator[config.Config]:
 def _input_default(problem: config.Problem) -> config.Config:
     if problem.dtype.itemsize == 4:
         return config.Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP": 8}, num_warps=8, num_stages=2)
-    blocks = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8}
-    return config.Config(blocks, num_warps=8, num_stages=_stages(problem, 2 * 64 * 256))
+    # One large tile a multiprocessor where there are rows enough for that, as in fc2_kernel.
+    wide = _asynchronous(problem) and problem.channels % 256 == 0 and problem.rows > 8192
+    blocks = {"BLOCK_M": 128, "BLOCK_N": 256 if wide else 128, "BLOCK_K": 64, "GROUP": 8}
+    return config.Config(blocks, num_warps=8, num_stages=_stages(problem, 2 * 64 * (128 + blocks["BLOCK_N"])))
 
 
 def _hidden_candidates(problem: config.Problem) -> Iterator[config.Config]:
@@ -120,7 +125,7 @@ def _weight_candidates(problem: config.Problem) -> Iterator[config.Config]:
     if problem.dtype.itemsize == 4:
         return
     pieces = launch.column_pieces(problem.channels)
-    for q0, q1 in dict.fromkeys([pieces, (128, 64), (128, 0), (64, 32), (64, 0)]):
+    for q0, q1 in dict.fromkeys([pieces, (256, 0), (128, 64), (128, 0), (64, 32), (64, 0)]):
         if q0 + q1 > 256 or q0 > 2 * pieces[0]:
             continue
         for p, r, warps in ((128, 64, 8), (128, 32, 8), (128, 64, 4), (64, 64, 4)):
@@ -181,7 +186,7 @@ def weight_splits(
     same choice for the same chip and number of rows: the sums keep their order.
     """
     best, least = 1, None
-    for splits in range(1, max(1, min(4 * multiprocessors // tiles, rows // (4 * block_rows))) + 1):
+    for splits in range(1, max(1, min(8 * multiprocessors // tiles, rows // (4 * block_rows))) + 1):
         waves = launch.tiles_of(tiles * splits, multiprocessors)
         time = waves * launch.tiles_of(rows, splits) * tile_operations + 1.5 * tiles * splits * tile_bytes
         if least is None or time < least:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .device import add_product, gelu_and_derivative, live_rows, row_position, tile_order
+from .epilogue import halves
 from .grn import images_at_once, store_image_sums, summands
 
 __all__ = [
@@ -147,33 +148,43 @@ def _load_rows(matrix, row, column, end, COLUMNS: tl.constexpr, EVEN: tl.constex
 
 @triton.jit
 def _add_parts(
-    parts, sums, p, q, P: tl.constexpr, Q: tl.constexpr, STRIDE_P: tl.constexpr, STRIDE_Q: tl.constexpr, accumulate
-):
-    pointers = parts + p[:, None] * STRIDE_P + q[None, :] * STRIDE_Q
-    mask = (p < P)[:, None] & (q < Q)[None, :]
-    before = tl.load(pointers, mask=mask & (accumulate != 0), other=0.0)
-    tl.store(pointers, before + sums, mask=mask)
+    parts, sums, p, first, COUNT: tl.constexpr,
+    P: tl.constexpr, Q: tl.constexpr, STRIDE_P: tl.constexpr, STRIDE_Q: tl.constexpr, accumulate,
+):  # fmt: skip
+    if COUNT > 64:  # what was there before takes registers beside the sums: see epilogue.py
+        H: tl.constexpr = COUNT // 2
+        left, right = halves(sums, COUNT)
+        _add_parts(parts, left, p, first, H, P, Q, STRIDE_P, STRIDE_Q, accumulate)
+        _add_parts(parts, right, p, first + H, H, P, Q, STRIDE_P, STRIDE_Q, accumulate)
+    else:
+        q = first + tl.arange(0, COUNT)
+        pointers = parts + p[:, None] * STRIDE_P + q[None, :] * STRIDE_Q
+        mask = (p < P)[:, None] & (q < Q)[None, :]
+        before = tl.load(pointers, mask=mask & (accumulate != 0), other=0.0)
+        tl.store(pointers, before + sums, mask=mask)
 
 
 @triton.jit
 def _add_tile(
-    parts, sums0, sums1, p, q0, q1, P: tl.constexpr, Q: tl.constexpr, STRIDE_P: tl.constexpr, STRIDE_Q: tl.constexpr,
-    BLOCK_Q1: tl.constexpr, accumulate,
+    parts, sums0, sums1, p, first, P: tl.constexpr, Q: tl.constexpr, STRIDE_P: tl.constexpr, STRIDE_Q: tl.constexpr,
+    BLOCK_Q0: tl.constexpr, BLOCK_Q1: tl.constexpr, accumulate,
 ):  # fmt: skip
-    _add_parts(parts, sums0, p, q0, P, Q, STRIDE_P, STRIDE_Q, accumulate)
+    _add_parts(parts, sums0, p, first, BLOCK_Q0, P, Q, STRIDE_P, STRIDE_Q, accumulate)
     if BLOCK_Q1 > 0:
-        _add_parts(parts, sums1, p, q1, P, Q, STRIDE_P, STRIDE_Q, accumulate)
+        _add_parts(parts, sums1, p, first + BLOCK_Q0, BLOCK_Q1, P, Q, STRIDE_P, STRIDE_Q, accumulate)
 
 
 @triton.jit
 def _sum_products(
-    wide, narrow, begin, end, p, q0, q1, column_part, accumulate,
+    wide, narrow, begin, end, p, first, column_part, accumulate,
     P: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q0: tl.constexpr, BLOCK_Q1: tl.constexpr,
     BLOCK_R: tl.constexpr, COLUMN_SUMS: tl.constexpr,
 ):  # fmt: skip
     """wide^T narrow over rows begin to end, in two pieces of columns. COLUMN_SUMS: and column_part (+)= wide's sums."""
+    q0 = first + tl.arange(0, BLOCK_Q0)
     sums0 = tl.zeros((BLOCK_P, BLOCK_Q0), tl.float32)
     if BLOCK_Q1 > 0:
+        q1 = first + BLOCK_Q0 + tl.arange(0, BLOCK_Q1)
         sums1 = tl.zeros((BLOCK_P, BLOCK_Q1), tl.float32)
     TENSOR_CORES: tl.constexpr = wide.dtype.element_ty != tl.float32
     if COLUMN_SUMS:
@@ -233,10 +244,7 @@ def weight_gradient_kernel(
         wide, narrow = tl.where(tl.program_id(2) == 0, dh, g), tl.where(tl.program_id(2) == 0, hat, u)
     p = tile // tiles_q * BLOCK_P + tl.arange(0, BLOCK_P)
     tile_q = tile % tiles_q
-    q0 = tile_q * (BLOCK_Q0 + BLOCK_Q1) + tl.arange(0, BLOCK_Q0)
-    q1 = q0
-    if BLOCK_Q1 > 0:
-        q1 = tile_q * (BLOCK_Q0 + BLOCK_Q1) + BLOCK_Q0 + tl.arange(0, BLOCK_Q1)
+    first_q = tile_q * (BLOCK_Q0 + BLOCK_Q1)
     live = live_rows(live_count, first, rows, rows_per_sample)
     share = tl.cdiv(tl.cdiv(live, splits), BLOCK_R) * BLOCK_R
     begin = split * share
@@ -244,24 +252,24 @@ def weight_gradient_kernel(
 
     if fc1_bias_parts is not None and (tile_q == 0 and tl.program_id(2) == 0):
         sums0, sums1 = _sum_products(
-            dh, hat, begin, end, p, q0, q1, fc1_bias_parts + split * P, accumulate,
+            dh, hat, begin, end, p, first_q, fc1_bias_parts + split * P, accumulate,
             P, Q, BLOCK_P, BLOCK_Q0, BLOCK_Q1, BLOCK_R, True,
         )  # fmt: skip
     else:
         sums0, sums1 = _sum_products(
-            wide, narrow, begin, end, p, q0, q1, None, accumulate,
+            wide, narrow, begin, end, p, first_q, None, accumulate,
             P, Q, BLOCK_P, BLOCK_Q0, BLOCK_Q1, BLOCK_R, False,
         )  # fmt: skip
 
     place = split.to(tl.int64) * (P * Q)
     if g is None:
-        _add_tile(fc1_parts + place, sums0, sums1, p, q0, q1, P, Q, Q, 1, BLOCK_Q1, accumulate)
+        _add_tile(fc1_parts + place, sums0, sums1, p, first_q, P, Q, Q, 1, BLOCK_Q0, BLOCK_Q1, accumulate)
     elif dh is None:
-        _add_tile(fc2_parts + place, sums0, sums1, p, q0, q1, P, Q, 1, P, BLOCK_Q1, accumulate)
+        _add_tile(fc2_parts + place, sums0, sums1, p, first_q, P, Q, 1, P, BLOCK_Q0, BLOCK_Q1, accumulate)
     elif tl.program_id(2) == 0:
-        _add_tile(fc1_parts + place, sums0, sums1, p, q0, q1, P, Q, Q, 1, BLOCK_Q1, accumulate)
+        _add_tile(fc1_parts + place, sums0, sums1, p, first_q, P, Q, Q, 1, BLOCK_Q0, BLOCK_Q1, accumulate)
     else:
-        _add_tile(fc2_parts + place, sums0, sums1, p, q0, q1, P, Q, 1, P, BLOCK_Q1, accumulate)
+        _add_tile(fc2_parts + place, sums0, sums1, p, first_q, P, Q, 1, P, BLOCK_Q0, BLOCK_Q1, accumulate)
 
 
 @triton.jit(do_not_specialize=["first", "rows", "rows_per_sample"])
