@@ -96,7 +96,9 @@ def test_forms(fused, channels, drop, keep_hidden, launches):
     with contextlib.ExitStack() as stack:
         stack.enter_context(config.override("mlp_backward_form", config.Config({"FUSED": fused})))
         if INTERPRETED:
-            stack.enter_context(config.override("mlp_backward_rows", config.Config({"BLOCK_M": 64, "BLOCK_K": 32})))
+            stack.enter_context(
+                config.override("mlp_backward_rows", config.Config({"BLOCK_M": 64, "BLOCK_K": 32, "PROGRAMS": 1}))
+            )
             stack.enter_context(triton_tools.bounds_checked())
         case.check("none", keep_hidden)
         assert ("row_gradients_kernel" in launches) == bool(fused)

@@ -37,7 +37,7 @@ FORWARD = {
     ("fc1_kernel", 768, True): Bound(True, 26, 32),
 }
 BACKWARD = {
-    ("row_gradients_kernel", 96, False): Bound(False, 27, 5),
+    ("row_gradients_kernel", 96, False): Bound(False, 31, 5),
     ("hidden_gradients_kernel", 192, False): Bound(True, 34, 11),
     ("hidden_gradients_kernel", 192, True): Bound(True, 41, 20),
     ("hidden_gradients_kernel", 768, True): Bound(True, 51, 38),

@@ -29,6 +29,7 @@ __all__ = [
     "chip_of",
     "column_pieces",
     "device_guard",
+    "most_registers",
     "next_power_of_2",
     "recorded",
     "row_tiles",
@@ -298,6 +299,15 @@ def column_pieces(columns: int) -> tuple[int, int]:
 def tiles_of(count: int, size: int) -> int:
     """How many tiles of `size` hold `count`: triton.cdiv, which takes microseconds outside a kernel."""
     return -(-count // size)
+
+
+def most_registers(programs: int, warps: int) -> dict[str, int]:
+    """A launch's bound on a thread's registers, so that so many blocks share a multiprocessor's 65536.
+
+    They are given out by eights. Nothing where a thread can have all of its 255.
+    """
+    registers = 65536 // (32 * programs * warps) // 8 * 8
+    return {"maxnreg": registers} if registers < 256 else {}
 
 
 def next_power_of_2(count: int) -> int:

@@ -340,7 +340,7 @@ def _run_fused(call: _Call) -> None:
             call.eps,
             **constants,
             **_constants(chosen),
-            **_most_registers(chosen),
+            **launch.most_registers(chosen["PROGRAMS"], chosen.num_warps),
             PER_SAMPLE=per_sample,
             IMAGES=images,
         )
@@ -369,7 +369,9 @@ def _run_fused(call: _Call) -> None:
         call.eps,
         **constants,
         **_constants(chosen),
-        **(_most_registers(chosen) if call.hidden is None else {}),  # storing h takes some of its own
+        **(
+            launch.most_registers(chosen["PROGRAMS"], chosen.num_warps) if call.hidden is None else {}
+        ),  # storing h takes some of its own
         PER_SAMPLE=per_sample,
     )
 
@@ -441,7 +443,7 @@ def _run_two_kernels(call: _Call) -> None:
             **call.gelu,
             **_constants(fc1),
             # With GRN's sums the compiler would take more, and need not where operands are in shared memory.
-            **(_most_registers(fc1) if has_grn and chip.capability == 90 else {}),
+            **(launch.most_registers(fc1["PROGRAMS"], fc1.num_warps) if has_grn and chip.capability == 90 else {}),
             PER_SAMPLE=per_sample,
             IMAGES=grn.images_in_tile(fc1["BLOCK_M"], per_image, per_sample),
         )
@@ -479,12 +481,6 @@ def _persistent(chosen: config.Config, row_tiles: int, columns: int, chip: launc
 
 def _constants(chosen: config.Config) -> dict[str, int]:
     return {name: value for name, value in chosen.meta.items() if name != "PROGRAMS"}
-
-
-def _most_registers(chosen: config.Config) -> dict[str, int]:
-    """As many as let PROGRAMS blocks share a multiprocessor; they are given out to threads by eights."""
-    registers = 65536 // (32 * chosen["PROGRAMS"] * chosen["num_warps"]) // 8 * 8
-    return {"maxnreg": registers} if registers < 256 else {}
 
 
 def _tiled(chosen: config.Config, rows: Tensor, weight: Tensor) -> tuple[Any, Any]:
