@@ -48,7 +48,7 @@ def recorded(forward, channels, grn):
     """What is launched for 128 images in pure bf16."""
     chip, side = launch.chip_of_architecture(90), SIDES[channels]
     if forward:
-        options = dict(grn=grn, drop=False, shape=(128, side, side))
+        options = dict(grn=grn, drop=False, shape=(128, side, side), fused=int(channels == 96))
         return test_triton_mlp.launches(chip, channels, torch.bfloat16, **options)
     given = test_triton_mlp_backward.arguments((128, side, side, channels), torch.bfloat16, grn, autocast=False)
     return test_triton_mlp_backward.launches_of(90, given)[0]

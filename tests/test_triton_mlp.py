@@ -43,7 +43,7 @@ def launches(
 # (channels, options); GRN brings its three kernels.
 FORMS = {
     "fused-96": (96, {"keep_hidden": True}),
-    "fused-96-v2": (96, {"grn": True}),
+    "fused-96-v2": (96, {"grn": True, "fused": 1}),
     "fused-96-whole-tanh": (96, {"drop": False, "approximate": "tanh"}),
     "fused-128": (128, {}),
     "fused-192": (192, {}),

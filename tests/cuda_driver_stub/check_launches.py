@@ -106,7 +106,7 @@ class Watch:
 # (channels, mode, options of the block): both forms of the forward pass, GRN, kept and recomputed hidden tensors.
 BLOCKS = {
     "fused-autocast": (96, "autocast", {"drop_path": 0.2}),
-    "fused-pure-v2": (96, "pure", {"use_grn": True, "drop_path": 0.2}),
+    "fused-pure-v2": (48, "pure", {"use_grn": True, "drop_path": 0.2}),
     "fused-whole-kept": (40, "pure", {"recompute": False}),
     "two-kernels": (384, "pure", {"drop_path": 0.2}),
     "two-kernels-v2": (384, "autocast", {"use_grn": True}),
