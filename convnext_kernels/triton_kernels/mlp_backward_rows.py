@@ -267,10 +267,7 @@ def row_gradients_kernel(
         mask = inside & in_columns[None, :]
         if g is not None:
             tl.store(g + out, activated.to(g.dtype.element_ty), mask=mask)
-        gradient = dg * slope
-        if not EVEN_K:  # a column beyond K has no h
-            gradient = tl.where(in_columns[None, :], gradient, 0.0)
-        rounded = gradient.to(z.dtype.element_ty)
+        rounded = (dg * slope).to(z.dtype.element_ty)  # 0 from column K on, as the weights there
         if dh is not None:
             tl.store(dh + out, rounded, mask=mask)
         s0 = add_product(s0, rounded, first0)
