@@ -52,10 +52,10 @@ def summands(values, dtype: tl.constexpr, SIGNED: tl.constexpr):
     the sums rounds to tf32 of as many digits. At most +-2^63, and that for NaN too: 0 times it is 0, and so it reaches
     no other image's sum. (A row that is not inside may have anything.) SIGNED: some may be far below 0.
     """
-    if dtype != tl.float32:
-        values = tl.minimum(values, 2.0**63)
+    if dtype != tl.float32:  # NaN is not less. (Triton 3.6's interpreter lets tl.minimum pass it.)
+        values = tl.where(values < 2.0**63, values, 2.0**63)
         if SIGNED:
-            values = tl.maximum(values, -(2.0**63))
+            values = tl.where(values > -(2.0**63), values, -(2.0**63))
     if dtype == tl.bfloat16:
         values = values.to(tl.bfloat16)
     return values
