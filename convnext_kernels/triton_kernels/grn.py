@@ -38,6 +38,10 @@ def partials_shape(tiles: int, hidden: int, block_m: int, rows_per_sample: int, 
 #     takes 340. A product with a matrix of ones and zeros, which row is of which image, does 16 images in 100.
 
 
+#: Triton 3.6's interpreter lets NaN pass tl.minimum, which PTX's min does not; a selection takes two instructions more.
+_INTERPRETED = tl.constexpr(launch.INTERPRETED)
+
+
 @triton.constexpr_function
 def images_at_once(dtype):
     """Of how many images a step makes the sums: fp32 ones are not rounded for a product."""
@@ -52,10 +56,13 @@ def summands(values, dtype: tl.constexpr, SIGNED: tl.constexpr):
     the sums rounds to tf32 of as many digits. At most +-2^63, and that for NaN too: 0 times it is 0, and so it reaches
     no other image's sum. (A row that is not inside may have anything.) SIGNED: some may be far below 0.
     """
-    if dtype != tl.float32:  # NaN is not less. (Triton 3.6's interpreter lets tl.minimum pass it.)
-        values = tl.where(values < 2.0**63, values, 2.0**63)
+    if dtype != tl.float32:
+        if _INTERPRETED:
+            values = tl.where(values < 2.0**63, values, 2.0**63)
+        else:
+            values = tl.minimum(values, 2.0**63)
         if SIGNED:
-            values = tl.where(values > -(2.0**63), values, -(2.0**63))
+            values = tl.maximum(values, -(2.0**63))
     if dtype == tl.bfloat16:
         values = values.to(tl.bfloat16)
     return values
