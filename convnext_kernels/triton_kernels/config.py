@@ -52,6 +52,7 @@ __all__ = [
     "declare",
     "declared",
     "forget",
+    "of_rows",
     "override",
     "problem_of",
     "read_cache",
@@ -102,6 +103,12 @@ class Config:
 
     def __repr__(self) -> str:
         return f"Config({dict(self.blocks)}, num_warps={self.num_warps}, num_stages={self.num_stages})"
+
+
+def of_rows(m: int, k: int, warps: int, stages: int = 2, programs: int = 1) -> Config:
+    """Of a kernel that holds BLOCK_M whole rows and takes BLOCK_K hidden columns a turn; PROGRAMS: blocks that the
+    registers of a multiprocessor must hold (launch.constants_of)."""
+    return Config({"BLOCK_M": m, "BLOCK_K": k, "PROGRAMS": programs}, num_warps=warps, num_stages=stages)
 
 
 class Problem(NamedTuple):

@@ -117,6 +117,17 @@ def store_squares(
             store_image_sums(partials, g * g, image, first_image + i, inside, slot + i, images - i, k, K, STEP)
 
 
+@triton.jit
+def _slot(
+    tile, image, rows_per_sample, BLOCK_M: tl.constexpr, IMAGES: tl.constexpr, PER_SAMPLE: tl.constexpr
+):  # fmt: skip
+    """Which of the partial sums are those of an image's rows in a tile."""
+    slot = tile
+    if not PER_SAMPLE:
+        slot = tile * IMAGES + image - tile * BLOCK_M // rows_per_sample
+    return slot
+
+
 @triton.jit(do_not_specialize=["rows_per_sample"])
 def _factors_kernel(
     partials, weight, live_count, factors, rows_per_sample,
@@ -136,10 +147,8 @@ def _factors_kernel(
             first_tile = image * rows_per_sample // BLOCK_M
             tiles = (image * rows_per_sample + rows_per_sample - 1) // BLOCK_M - first_tile + 1
         own = factors + image.to(tl.int64) * K
-        first_slot = first_tile
-        if not PER_SAMPLE:
-            first_slot = first_tile * IMAGES + image - first_tile * BLOCK_M // rows_per_sample
-        norms = partials + first_slot.to(tl.int64) * K  # in place of the first part, which has been read by then
+        # In place of the first part, which has been read by then.
+        norms = partials + _slot(first_tile, image, rows_per_sample, BLOCK_M, IMAGES, PER_SAMPLE).to(tl.int64) * K
         total = 0.0
         for first in range(0, K, COLUMNS):
             k = first + tl.arange(0, COLUMNS)
@@ -147,9 +156,7 @@ def _factors_kernel(
             for first_part in range(0, tiles, PARTS):
                 part = first_part + tl.arange(0, PARTS)
                 tile = first_tile + part
-                slot = tile
-                if not PER_SAMPLE:
-                    slot = tile * IMAGES + image - tile * BLOCK_M // rows_per_sample
+                slot = _slot(tile, image, rows_per_sample, BLOCK_M, IMAGES, PER_SAMPLE)
                 mask = (part < tiles)[:, None] & (k < K)[None, :]
                 pointers = partials + slot.to(tl.int64)[:, None] * K + k[None, :]
                 squares += tl.sum(tl.load(pointers, mask=mask, other=0.0), 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -28,8 +28,8 @@ __all__ = [
     "check_tensors",
     "chip_of",
     "column_pieces",
+    "constants_of",
     "device_guard",
-    "most_registers",
     "next_power_of_2",
     "recorded",
     "row_tiles",
@@ -301,13 +301,17 @@ def tiles_of(count: int, size: int) -> int:
     return -(-count // size)
 
 
-def most_registers(programs: int, warps: int) -> dict[str, int]:
-    """A launch's bound on a thread's registers, so that so many blocks share a multiprocessor's 65536.
+def constants_of(chosen: Mapping[str, int], bounded: bool = True) -> dict[str, int]:
+    """A configuration's constants for a launch. PROGRAMS is no kernel's parameter: with `bounded` it becomes the bound
+    on a thread's registers with which so many blocks share a multiprocessor's 65536, given out by eights.
 
-    They are given out by eights. Nothing where a thread can have all of its 255.
+    No bound where a thread can have all of its 255.
     """
-    registers = 65536 // (32 * programs * warps) // 8 * 8
-    return {"maxnreg": registers} if registers < 256 else {}
+    constants = {name: value for name, value in chosen.items() if name != "PROGRAMS"}
+    registers = 65536 // (32 * chosen["PROGRAMS"] * chosen["num_warps"]) // 8 * 8
+    if bounded and registers < 256:
+        constants["maxnreg"] = registers
+    return constants
 
 
 def next_power_of_2(count: int) -> int:

@@ -148,8 +148,7 @@ class MlpBackward:
             self.normalised, self.copied = self.fc1_sums, self.copied and self.fc2_sums
         self.hidden_tiles = self.config("mlp_backward_rows" if self.fused_rows else "mlp_backward_hidden" + form)
         if self.fused_rows:
-            programs = self.hidden_tiles.pop("PROGRAMS")
-            self.hidden_tiles |= launch.most_registers(programs, self.hidden_tiles["num_warps"])
+            self.hidden_tiles = launch.constants_of(self.hidden_tiles)
             self.norm_tiles = self.hidden_tiles
         elif self.fused_norm:
             self.norm_tiles = self.config("mlp_backward_norm")

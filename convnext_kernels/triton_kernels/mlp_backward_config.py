@@ -84,17 +84,12 @@ def _form_candidates(problem: config.Problem) -> Iterator[config.Config]:
         yield config.Config({"FUSED": 1})
 
 
-def _rows(m: int, k: int, warps: int, stages: int, programs: int = 1) -> config.Config:
-    """PROGRAMS: blocks that the registers of a multiprocessor must hold."""
-    return config.Config({"BLOCK_M": m, "BLOCK_K": k, "PROGRAMS": programs}, num_warps=warps, num_stages=stages)
-
-
 def _rows_default(problem: config.Problem) -> config.Config:
     columns = sum(launch.column_pieces(problem.channels))
     if problem.chip == 90 and columns <= 96 and problem.channels % 32 == 0:
         # A block waits for its products, its barriers and its rows in turn: three small ones wait for one another less
         # than the warps of a large one, and read the weights twice as often.
-        return _rows(64, 32, warps=4, stages=2, programs=3)
+        return config.of_rows(64, 32, warps=4, stages=2, programs=3)
     rows, block_k = (128 if _asynchronous(problem) and columns <= 128 else 64), 64
     # Masks along C take registers too, and on sm_100 so does the copy of sums out of tensor memory.
     if problem.chip != 90 or problem.channels % 32:
@@ -102,15 +97,15 @@ def _rows_default(problem: config.Problem) -> config.Config:
     # hat and u take shared memory beside the buffers of both weights.
     spare = launch.chip_of_architecture(problem.chip).shared_bytes - 4 * rows * columns - 8192
     stages = max(1, min(2, spare // (4 * block_k * columns)))
-    return _rows(rows, block_k, warps=8, stages=stages)
+    return config.of_rows(rows, block_k, warps=8, stages=stages)
 
 
 def _rows_candidates(problem: config.Problem) -> Iterator[config.Config]:
     for m, k, warps in ((128, 64, 8), (128, 32, 8), (64, 64, 8), (64, 64, 4), (64, 32, 8), (64, 32, 4)):
         for stages in (1, 2, 3):
-            yield _rows(m, k, warps, stages)
+            yield config.of_rows(m, k, warps, stages)
     for m, k, warps, programs in ((64, 32, 4, 3), (64, 64, 4, 3), (128, 32, 8, 2)):
-        yield _rows(m, k, warps, 2, programs)
+        yield config.of_rows(m, k, warps, 2, programs)
 
 
 def _input_default(problem: config.Problem) -> config.Config:

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .device import gelu_and_derivative, live_rows, row_position
 from .grn import unbounded
-from .mlp_backward_products import add_sums
+from .mlp_backward_products import add_sums, add_to
 from .mlp_backward_rows import norm_sums, store_dz
 
 __all__ = ["grn_activation_kernel", "grn_factors_kernel", "norm_backward_kernel", "prepare_kernel"]
@@ -114,11 +114,9 @@ def grn_factors_kernel(
         zero = norm == 0.0
         tl.store(feedback + row, tl.where(zero, 0.0, gradient / tl.where(zero, 1.0, norm)), mask=mask)
     if weight_sums is not None:
-        before = tl.load(weight_sums + row, mask=mask & (accumulate != 0), other=0.0)
-        tl.store(weight_sums + row, before + response * products, mask=mask)
+        add_to(weight_sums + row, response * products, mask, accumulate)
     if bias_sums is not None:
-        before = tl.load(bias_sums + row, mask=mask & (accumulate != 0), other=0.0)
-        tl.store(bias_sums + row, before + grads, mask=mask)
+        add_to(bias_sums + row, grads, mask, accumulate)
 
 
 @triton.jit(do_not_specialize=["first", "rows", "rows_per_sample", "segment_rows", "segments"])

@@ -15,6 +15,7 @@ from .grn import images_at_once, store_image_sums, summands
 
 __all__ = [
     "add_sums",
+    "add_to",
     "hidden_gradients_kernel",
     "input_gradient_kernel",
     "load_tile",
@@ -46,11 +47,17 @@ def load_weight(matrix, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, 
 
 
 @triton.jit
+def add_to(pointers, values, mask, accumulate):
+    """*pointers = values, plus what an earlier chunk left there where `accumulate`: (+)= in the descriptions."""
+    before = tl.load(pointers, mask=mask & (accumulate != 0), other=0.0)
+    tl.store(pointers, before + values, mask=mask)
+
+
+@triton.jit
 def add_sums(part, values, first, COUNT: tl.constexpr, COLUMNS: tl.constexpr, accumulate):
     """part[first : first + COUNT] (+)= the sums over the rows of `values`; part has COLUMNS."""
     column = first + tl.arange(0, COUNT)
-    before = tl.load(part + column, mask=(column < COLUMNS) & (accumulate != 0), other=0.0)
-    tl.store(part + column, before + tl.sum(values, 0), mask=column < COLUMNS)
+    add_to(part + column, tl.sum(values, 0), column < COLUMNS, accumulate)
 
 
 @triton.jit(do_not_specialize=["first", "rows", "rows_per_sample"])
@@ -159,9 +166,7 @@ def _add_parts(
     else:
         q = first + tl.arange(0, COUNT)
         pointers = parts + p[:, None] * STRIDE_P + q[None, :] * STRIDE_Q
-        mask = (p < P)[:, None] & (q < Q)[None, :]
-        before = tl.load(pointers, mask=mask & (accumulate != 0), other=0.0)
-        tl.store(pointers, before + sums, mask=mask)
+        add_to(pointers, sums, (p < P)[:, None] & (q < Q)[None, :], accumulate)
 
 
 @triton.jit
@@ -212,8 +217,7 @@ def _sum_products(
             total = tl.max(column_sums, 1)  # its columns are the same
         else:
             total = tl.sum(column_sums, 1)
-        before = tl.load(column_part + p, mask=(p < P) & (accumulate != 0), other=0.0)
-        tl.store(column_part + p, before + total, mask=p < P)
+        add_to(column_part + p, total, p < P, accumulate)
     if BLOCK_Q1 == 0:
         sums1 = sums0
     return sums0, sums1

@@ -53,35 +53,30 @@ def _default_grn_form(problem: config.Problem) -> config.Config:
     return config.Config({"FUSED": int(problem.dtype.itemsize == 2 and problem.channels < 64)})
 
 
-def _fused(m: int, k: int, warps: int, stages: int = 2, programs: int = 1) -> config.Config:
-    """PROGRAMS: blocks that the registers of a multiprocessor must hold."""
-    return config.Config({"BLOCK_M": m, "BLOCK_K": k, "PROGRAMS": programs}, num_warps=warps, num_stages=stages)
-
-
 def _default_fused(problem: config.Problem) -> config.Config:
     width = sum(launch.column_pieces(problem.channels))
     if problem.chip in _HOPPER_AND_LATER:
         if width <= 128:
             third = problem.chip == 90 and width <= 96 and problem.dtype == torch.bfloat16
-            return _fused(64, 64, warps=4, programs=3 if third else 1)
-        return _fused(128, 64, warps=8) if width <= 192 else _fused(64, 32, warps=8)
+            return config.of_rows(64, 64, warps=4, programs=3 if third else 1)
+        return config.of_rows(128, 64, warps=8) if width <= 192 else config.of_rows(64, 32, warps=8)
     if width <= 128:
-        return _fused(64, 32, warps=4)
+        return config.of_rows(64, 32, warps=4)
     if width <= 192:
-        return _fused(64, 16, warps=8)
-    return _fused(64 if width <= 256 else 32, 32, warps=8)
+        return config.of_rows(64, 16, warps=8)
+    return config.of_rows(64 if width <= 256 else 32, 32, warps=8)
 
 
 def _default_grn_fused(problem: config.Problem) -> config.Config:
     if sum(launch.column_pieces(problem.channels)) > 128:
         return _default_fused(problem)
-    return _fused(64, 64, warps=4) if problem.chip in _HOPPER_AND_LATER else _fused(64, 32, warps=8)
+    return config.of_rows(64, 64, warps=4) if problem.chip in _HOPPER_AND_LATER else config.of_rows(64, 32, warps=8)
 
 
 def _default_squares(problem: config.Problem) -> config.Config:
     width = sum(launch.column_pieces(problem.channels))
     narrow = width <= (192 if problem.chip in _HOPPER_AND_LATER else 128)
-    return _fused(64, 32, warps=4 if narrow else 8)
+    return config.of_rows(64, 32, warps=4 if narrow else 8)
 
 
 def _product(m: int, n: int, k: int, programs: int, tma: bool, warps: int, stages: int) -> config.Config:
@@ -111,9 +106,9 @@ def _fused_candidates(problem: config.Problem) -> Iterator[config.Config]:
     for block_m, warps in ((64, 4), (64, 8), (128, 8)):
         for block_k in (32, 64):
             for stages in (2, 3):
-                yield _fused(block_m, block_k, warps, stages)
+                yield config.of_rows(block_m, block_k, warps, stages)
     for block_m, block_k, warps, programs in ((64, 64, 4, 3), (64, 32, 4, 4), (128, 64, 8, 2), (128, 32, 8, 2)):
-        yield _fused(block_m, block_k, warps, programs=programs)
+        yield config.of_rows(block_m, block_k, warps, programs=programs)
 
 
 def _product_candidates(problem: config.Problem) -> Iterator[config.Config]:
@@ -340,8 +335,7 @@ def _run_fused(call: _Call) -> None:
             call.rows_per_sample,
             call.eps,
             **constants,
-            **_constants(chosen),
-            **launch.most_registers(chosen["PROGRAMS"], chosen.num_warps),
+            **launch.constants_of(chosen.meta),
             PER_SAMPLE=per_sample,
             IMAGES=images,
         )
@@ -369,10 +363,7 @@ def _run_fused(call: _Call) -> None:
         call.rows_per_sample,
         call.eps,
         **constants,
-        **_constants(chosen),
-        **(
-            launch.most_registers(chosen["PROGRAMS"], chosen.num_warps) if call.hidden is None else {}
-        ),  # storing h takes some of its own
+        **launch.constants_of(chosen.meta, bounded=call.hidden is None),  # storing h takes registers of its own
         PER_SAMPLE=per_sample,
     )
 
@@ -442,9 +433,8 @@ def _run_two_kernels(call: _Call) -> None:
             *where,
             **call.math,
             **call.gelu,
-            **_constants(fc1),
             # With GRN's sums the compiler would take more, and need not where operands are in shared memory.
-            **(launch.most_registers(fc1["PROGRAMS"], fc1.num_warps) if has_grn and chip.capability == 90 else {}),
+            **launch.constants_of(fc1.meta, bounded=has_grn and chip.capability == 90),
             PER_SAMPLE=per_sample,
             IMAGES=grn.images_in_tile(fc1["BLOCK_M"], per_image, per_sample),
         )
@@ -470,7 +460,7 @@ def _run_two_kernels(call: _Call) -> None:
             call.y,
             *where,
             **call.math,
-            **_constants(fc2),
+            **launch.constants_of(fc2.meta, bounded=False),
             PER_SAMPLE=per_sample,
         )
 
@@ -478,10 +468,6 @@ def _run_two_kernels(call: _Call) -> None:
 def _persistent(chosen: config.Config, row_tiles: int, columns: int, chip: launch.Chip) -> tuple[int]:
     """As many programs as run at once, or as there are tiles."""
     return (min(row_tiles * launch.tiles_of(columns, chosen["BLOCK_N"]), chosen["PROGRAMS"] * chip.multiprocessors),)
-
-
-def _constants(chosen: config.Config) -> dict[str, int]:
-    return {name: value for name, value in chosen.meta.items() if name != "PROGRAMS"}
 
 
 def _tiled(chosen: config.Config, rows: Tensor, weight: Tensor) -> tuple[Any, Any]:
