@@ -76,6 +76,21 @@ def pytest_sessionfinish(session):
         session.exitstatus = max(session.exitstatus, pytest.ExitCode.TESTS_FAILED)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def triton_interpreted():
+    """Where Triton's interpreter runs the kernels: with a GPU's arithmetic, and no access outside of their tensors.
+
+    What is masked later, a GPU would still read.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from triton_interpreter import as_on_a_gpu, bounds_checked
+
+    with as_on_a_gpu(), bounds_checked():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

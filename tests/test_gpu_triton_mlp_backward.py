@@ -1,7 +1,7 @@
 """layer_norm_mlp_backward in Triton, on a GPU or in Triton's interpreter (started by test_triton_mlp_backward.py).
 
 The rule of tests/numerics.py against autograd in fp64, with PyTorch in the same mode for comparison. The forward is the
-reference's. The interpreter is slow, and wrong in bf16: fewer and smaller cases there.
+reference's. The interpreter is slow: fewer and smaller cases there.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import test_mlp_cpu
-import triton_tools
 from convnext_kernels import reference_backend
 from convnext_kernels.triton_kernels import config, launch
 from convnext_kernels.triton_kernels.launch import INTERPRETED
@@ -20,7 +19,7 @@ from test_mlp_cpu import EVERYTHING, NAMES
 pytestmark = [] if INTERPRETED else pytest.mark.gpu
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
-MODES = ["fp32", "fp16", "mixed-fp16"] if INTERPRETED else ["fp32", "fp16", "bf16", "mixed-fp16", "mixed-bf16"]
+MODES = ["fp32", "fp16", "bf16", "mixed-fp16", "mixed-bf16"]
 CHANNELS = [8, 40, 96, 128, 192, 256, 384, 512, 768]
 
 
@@ -69,7 +68,7 @@ def hidden_of(channels):
 
 
 @pytest.mark.parametrize("channels", CHANNELS)
-@pytest.mark.parametrize("mode", MODES[:2] if INTERPRETED else MODES)
+@pytest.mark.parametrize("mode", MODES[:3] if INTERPRETED else MODES)
 def test_channels(mode, channels):
     shape = (3, 4, 7, channels) if INTERPRETED else (5, 13, 11, channels)
     Case(mode, shape, grn=False, drop=True, hidden=hidden_of(channels)).check()
@@ -79,7 +78,7 @@ def test_channels(mode, channels):
 @pytest.mark.parametrize("drop", [False, True], ids=["whole", "drop"])
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 @pytest.mark.parametrize("grn", [False, True], ids=["v1", "v2"])
-@pytest.mark.parametrize("mode", ["mixed-fp16"] if INTERPRETED else MODES)
+@pytest.mark.parametrize("mode", MODES[3:] if INTERPRETED else MODES)
 def test_variants(mode, grn, approximate, drop, keep_hidden):
     # 35 rows an image: a tile of rows has several images, and parts of images at its ends.
     shape = (6, 5, 7, 24) if INTERPRETED else (12, 13, 17, 96)
@@ -99,7 +98,6 @@ def test_forms(fused, channels, drop, keep_hidden, launches):
             stack.enter_context(
                 config.override("mlp_backward_rows", config.Config({"BLOCK_M": 64, "BLOCK_K": 32, "PROGRAMS": 1}))
             )
-            stack.enter_context(triton_tools.bounds_checked())
         case.check("none", keep_hidden)
         assert ("row_gradients_kernel" in launches) == bool(fused)
         assert ("norm_gradient_kernel" in launches) != bool(fused)

@@ -12,8 +12,7 @@ from numerics import assert_close
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DEVICE = "cpu" if launch.INTERPRETED else "cuda"
 
-#: A product on bf16 is wrong in Triton's interpreter, which multiplies the bits.
-MODES = ["fp32", "fp16", "mixed-fp16"] if launch.INTERPRETED else [*DTYPES, "mixed-fp16", "mixed-bf16"]
+MODES = [*DTYPES, "mixed-fp16", "mixed-bf16"]
 FORMS = {"fused": 1, "two": 0}
 
 

@@ -1,9 +1,9 @@
-"""Triton without a GPU: compile what an operator launches to cubins and read what the compiler made; the interpreter.
+"""Triton without a GPU: compile what an operator launches to cubins and read what the compiler made; a process whose
+Triton interprets (triton_interpreter.py has what it lacks).
 
 `launch.recorded(chip_of_architecture(90))` lists what operators launch on meta tensors; `compile_launch` compiles each.
 """
 
-import contextlib
 import math
 import os
 import re
@@ -13,8 +13,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 import triton
 
 import convnext_kernels
@@ -110,60 +108,3 @@ def in_interpreter(script, *arguments, timeout=900):
     )
     passed = re.search(r"(\d+) passed", result.stdout)
     assert result.returncode == 0 and passed, result.stdout[-6000:] + result.stderr[-2000:]
-
-
-def _tensors(arguments):
-    for argument in arguments:
-        if isinstance(argument, torch.Tensor):
-            yield argument
-        elif hasattr(argument, "block_shape"):  # a TensorDescriptor
-            yield argument.base
-
-
-def _extent(tensor):
-    """Bytes from a tensor's first element to its last, strides and all."""
-    return (1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))) * tensor.element_size()
-
-
-@contextlib.contextmanager
-def bounds_checked():
-    """In the interpreter: an access outside every tensor of its launch raises. By itself it reads whatever is there."""
-    from triton.runtime import interpreter
-
-    executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
-    begin, load, store = executor._init_args_hst, builder.create_masked_load, builder.create_masked_store
-    starts = ends = np.zeros(0, np.uint64)
-
-    def begin_launch(self, arguments, keywords):
-        nonlocal starts, ends
-        on_host = begin(self, arguments, keywords)
-        ranges = {t.data_ptr(): t.data_ptr() + _extent(t) for t in _tensors(on_host[0]) if t.numel()}
-        starts, ends = (np.array(each, np.uint64) for each in zip(*sorted(ranges.items())))
-        return on_host
-
-    def check(pointers, mask):
-        on = np.broadcast_to(mask.data, np.shape(pointers.data)).astype(bool)  # a mask may have become an int32
-        addresses = np.asarray(pointers.data)[on].astype(np.uint64)
-        size = np.uint64(pointers.get_element_ty().primitive_bitwidth // 8)
-        tensor = np.searchsorted(starts, addresses, "right")
-        outside = (tensor == 0) | (addresses + size > ends[np.maximum(tensor, 1) - 1])
-        if outside.any():
-            raise IndexError(f"{outside.sum()} of {outside.size} accesses are outside the tensors of the launch")
-
-    def checked_load(self, pointers, mask, *others, **options):
-        check(pointers, mask)
-        return load(self, pointers, mask, *others, **options)
-
-    def checked_store(self, pointers, value, mask, *others, **options):
-        check(pointers, mask)
-        return store(self, pointers, value, mask, *others, **options)
-
-    with contextlib.ExitStack() as stack:
-        for owner, name, new in (
-            (executor, "_init_args_hst", begin_launch),
-            (builder, "create_masked_load", checked_load),
-            (builder, "create_masked_store", checked_store),
-        ):
-            stack.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, new)
-        yield
