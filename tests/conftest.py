@@ -78,16 +78,13 @@ def pytest_sessionfinish(session):
 
 @pytest.fixture(autouse=True, scope="session")
 def triton_interpreted():
-    """Where Triton's interpreter runs the kernels: with a GPU's arithmetic, and no access outside of their tensors.
-
-    What is masked later, a GPU would still read.
-    """
+    """Where Triton's interpreter runs the kernels: with a GPU's arithmetic, and races and accesses outside raise."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
         return
-    from triton_interpreter import as_on_a_gpu, bounds_checked
+    from triton_interpreter import accesses_checked, as_on_a_gpu
 
-    with as_on_a_gpu(), bounds_checked():
+    with as_on_a_gpu(), accesses_checked():
         yield
 
 

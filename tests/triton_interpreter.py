@@ -1,4 +1,4 @@
-"""What Triton's interpreter lacks for tests: a GPU's arithmetic, that of bf16 above all, and a check of every access.
+"""What Triton's interpreter lacks for tests: a GPU's arithmetic, that of bf16 above all, and checks of every access.
 
 By itself it keeps bf16 numbers as uint16, adds and multiplies those bits as integers, and truncates where fp32 becomes
 bf16. conftest.py has both around all tests where TRITON_INTERPRET=1 is set.
@@ -89,38 +89,95 @@ def _extent(tensor):
     return (1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))) * tensor.element_size()
 
 
-def bounds_checked():
-    """An access outside every tensor of its launch raises. By itself the interpreter reads whatever is there."""
-    executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
-    begin, load, store = executor._init_args_hst, builder.create_masked_load, builder.create_masked_store
-    starts = ends = np.zeros(0, np.uint64)
+class _Accesses:
+    """Of a launch: where its tensors are, and which of its programs have read and written each of their bytes."""
 
-    def begin_launch(self, arguments, keywords):
-        nonlocal starts, ends
-        on_host = begin(self, arguments, keywords)
-        ranges = {t.data_ptr(): t.data_ptr() + _extent(t) for t in _tensors(on_host[0]) if t.numel()}
-        starts, ends = (np.array(each, np.uint64) for each in zip(*sorted(ranges.items())))
-        return on_host
+    NOBODY, SEVERAL = -1, -2
 
-    def check(pointers, mask):
+    def __init__(self, tensors):
+        ranges = []
+        for start, end in sorted((t.data_ptr(), t.data_ptr() + _extent(t)) for t in tensors if t.numel()):
+            if ranges and start < ranges[-1][1]:
+                ranges[-1][1] = max(end, ranges[-1][1])
+            else:
+                ranges.append([start, end])
+        self.starts, self.ends = np.array(ranges, np.int64).reshape(-1, 2).T
+        self.offsets = np.cumsum(self.ends - self.starts) - self.ends
+        size = int((self.ends - self.starts).sum())
+        self.writer, self.reader = (np.full(size, self.NOBODY, np.int32) for _ in range(2))
+        self.barrier = np.zeros(size, np.int32)  # the last before it was written
+        self.lane = np.zeros(size, np.int32)
+        self.barriers = 0
+
+    def bytes_of(self, pointers, mask):
+        """A number for the first byte of every access that is not masked, and which lanes' they are."""
         on = np.broadcast_to(mask.data, np.shape(pointers.data)).astype(bool)  # a mask may have become an int32
-        addresses = np.asarray(pointers.data)[on].astype(np.uint64)
-        size = np.uint64(pointers.get_element_ty().primitive_bitwidth // 8)
-        tensor = np.searchsorted(starts, addresses, "right")
-        outside = (tensor == 0) | (addresses + size > ends[np.maximum(tensor, 1) - 1])
+        addresses = np.asarray(pointers.data)[on].astype(np.int64)
+        tensor = np.searchsorted(self.starts, addresses, "right") - 1
+        outside = (tensor < 0) | (addresses + pointers.get_element_ty().primitive_bitwidth // 8 > self.ends[tensor])
         if outside.any():
             raise IndexError(f"{outside.sum()} of {outside.size} accesses are outside the tensors of the launch")
+        return addresses + self.offsets[tensor], on
+
+    def refuse(self, wrong, what):
+        if wrong.any():
+            raise RuntimeError(f"a race at {wrong.sum()} of {wrong.size} accesses: {what}")
+
+    def read(self, program, pointers, mask):
+        place, _ = self.bytes_of(pointers, mask)
+        writer, reader = self.writer[place], self.reader[place]
+        self.refuse((writer != self.NOBODY) & (writer != program), "read, and written by another program")
+        unordered = (writer == program) & (self.barrier[place] == self.barriers)
+        self.refuse(unordered, "written and read by one program, without a barrier between")
+        self.reader[place] = np.where((reader == self.NOBODY) | (reader == program), program, self.SEVERAL)
+
+    def written(self, program, pointers, value, mask):
+        place, on = self.bytes_of(pointers, mask)
+        for of, what in ((self.writer, "written by two programs"), (self.reader, "read by one program, then written")):
+            who = of[place]
+            self.refuse((who != self.NOBODY) & (who != program), what)
+        lanes = np.arange(place.size)
+        self.lane[place] = lanes
+        bits = np.ascontiguousarray(np.broadcast_to(value.data, on.shape)[on])
+        bits = bits.view(f"u{bits.itemsize}")
+        self.refuse(bits != bits[self.lane[place]], "two values written to one place at once")
+        self.writer[place], self.barrier[place] = program, self.barriers
+
+
+def accesses_checked():
+    """An access outside every tensor of its launch raises, and a race does, by itself the interpreter sees neither.
+
+    A race: two programs of a launch access a place and one of them writes; or one program reads what it has written
+    since its last barrier, which another of its threads may have done.
+    """
+    executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
+    begin, load, store = executor._init_args_hst, builder.create_masked_load, builder.create_masked_store
+    accesses = None
+
+    def begin_launch(self, arguments, keywords):
+        nonlocal accesses
+        on_host = begin(self, arguments, keywords)
+        accesses = _Accesses(_tensors(on_host[0]))
+        return on_host
+
+    def program(builder):
+        (x, y, z), (columns, rows, _) = builder.grid_idx, builder.grid_dim
+        return x + columns * (y + rows * z)
 
     def checked_load(self, pointers, mask, *others, **options):
-        check(pointers, mask)
+        accesses.read(program(self), pointers, mask)
         return load(self, pointers, mask, *others, **options)
 
     def checked_store(self, pointers, value, mask, *others, **options):
-        check(pointers, mask)
+        accesses.written(program(self), pointers, value, mask)
         return store(self, pointers, value, mask, *others, **options)
+
+    def barrier(self):
+        accesses.barriers += 1
 
     return _replaced(
         (executor, "_init_args_hst", begin_launch),
         (builder, "create_masked_load", checked_load),
         (builder, "create_masked_store", checked_store),
+        (builder, "create_barrier", barrier),
     )
