@@ -1,4 +1,4 @@
-"""What triton_interpreter.py adds to Triton's interpreter: a GPU's arithmetic in bf16, accesses outside, races."""
+"""What triton_interpreter.py adds to Triton's interpreter: a GPU's arithmetic, accesses outside, races."""
 
 import contextlib
 
@@ -69,6 +69,22 @@ def test_products_of_bf16_are_summed_in_fp32_and_exp2_has_no_denormals():
     expected[expected < 2.0**-126] = 0
     assert (expected == 0).any()
     torch.testing.assert_close(powers, expected, rtol=1e-5, atol=0)
+
+
+@triton.jit
+def _tf32_kernel(a, b, sums, N: tl.constexpr, PRECISION: tl.constexpr):
+    at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    tl.store(sums + at, tl.dot(tl.load(a + at), tl.load(b + at), input_precision=PRECISION))
+
+
+@interpreted
+def test_tf32_has_10_bits():
+    last_read, not_read = 1 + 2.0**-10, 1 + 2.0**-11 + 2.0**-23
+    a, sums = torch.eye(16), torch.empty(16, 16)
+    for precision, expected in (("tf32", 1.0), ("ieee", not_read)):
+        for factor, value in ((last_read, last_read), (not_read, expected)):
+            launch.run(_tf32_kernel, (1,), a, torch.full((16, 16), factor), sums, N=16, PRECISION=precision)
+            assert sums.eq(value).all()
 
 
 # --- accesses

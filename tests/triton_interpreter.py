@@ -26,14 +26,15 @@ def as_on_a_gpu():
     """The arithmetic of a GPU where the interpreter has another.
 
     bf16: operations and conversions round to the nearest, products are summed in fp32. An FMA of fp16 or bf16 rounds
-    once. 2^x below 2^-126 is 0 (ex2.approx.ftz). And under NumPy 2.4 a number can be an index in Triton 3.6 too.
+    once. tf32: a product does not read the last 13 bits of its factors. 2^x below 2^-126 is 0 (ex2.approx.ftz). And
+    under NumPy 2.4 a number can be an index in Triton 3.6 too.
     """
     import ml_dtypes  # not needed where the kernels run on a GPU
 
     bf16 = np.dtype(ml_dtypes.bfloat16)
     handle, builder, numpy_type = interpreter.TensorHandle, interpreter.InterpreterBuilder, interpreter._get_np_dtype
     convert, fma, exp2 = builder.create_fp_to_fp, builder.create_fma, builder.create_exp2
-    patch_tensor = interpreter._patch_lang_tensor
+    dot, patch_tensor = builder.create_dot, interpreter._patch_lang_tensor
 
     def numpy_type_or_bf16(dtype):
         return bf16 if dtype.scalar == tl.bfloat16 else numpy_type(dtype)
@@ -56,6 +57,15 @@ def as_on_a_gpu():
         x, y, wide = (each.data.astype(np.float32) for each in (x, y, z))  # their product is exact
         return handle((x * y + wide).astype(z.data.dtype), z.dtype.scalar)
 
+    def tf32(factor):
+        bits = np.ascontiguousarray(factor.data).view(np.uint32) & np.uint32(0xFFFFE000)
+        return handle(bits.view(np.float32), tl.float32)
+
+    def dot_in_tf32(self, a, b, sums, precision, *options):
+        if a.dtype.scalar == tl.float32 and precision == interpreter._ir.INPUT_PRECISION.TF32:
+            a, b = tf32(a), tf32(b)
+        return dot(self, a, b, sums, precision, *options)
+
     def exp2_without_denormals(self, x):
         power = exp2(self, x)
         power.data[np.abs(power.data) < np.finfo(np.float32).tiny] = 0
@@ -72,6 +82,7 @@ def as_on_a_gpu():
         (builder, "cast_impl", cast),
         (builder, "create_fp_to_fp", convert_rounding),
         (builder, "create_fma", fma_rounding_once),
+        (builder, "create_dot", dot_in_tf32),
         (builder, "create_exp2", exp2_without_denormals),
     )
 
