@@ -78,12 +78,14 @@ def pytest_sessionfinish(session):
 
 @pytest.fixture(autouse=True, scope="session")
 def triton_interpreted():
-    """Where Triton's interpreter runs the kernels: with a GPU's arithmetic, and races and accesses outside raise."""
+    """Where Triton's interpreter runs the kernels: with a GPU's arithmetic; races and accesses outside raise, and fresh
+    memory holds NaN."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
         return
     from triton_interpreter import accesses_checked, as_on_a_gpu
 
+    torch.use_deterministic_algorithms(True)  # for what it does to torch.empty
     with as_on_a_gpu(), accesses_checked():
         yield
 

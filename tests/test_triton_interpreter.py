@@ -1,4 +1,4 @@
-"""What triton_interpreter.py adds to Triton's interpreter: a GPU's arithmetic, accesses outside, races."""
+"""What tests have of Triton's interpreter: a GPU's arithmetic, NaN in fresh memory, and who accesses what."""
 
 import contextlib
 
@@ -94,6 +94,11 @@ def test_tf32_has_10_bits():
 def _copy_kernel(x, y, N: tl.constexpr, SHIFT: tl.constexpr):
     i = tl.arange(0, N)
     tl.store(y + i, tl.load(x + i + SHIFT))
+
+
+@interpreted
+def test_fresh_memory_is_seen():
+    assert torch.empty(5, dtype=torch.bfloat16).isnan().all()
 
 
 @interpreted
