@@ -38,9 +38,9 @@ FORWARD = {
 }
 BACKWARD = {
     ("row_gradients_kernel", 96, False): Bound(False, 31, 5),
-    ("hidden_gradients_kernel", 192, False): Bound(True, 34, 11),
-    ("hidden_gradients_kernel", 192, True): Bound(True, 41, 20),
-    ("hidden_gradients_kernel", 768, True): Bound(True, 51, 38),
+    ("hidden_gradients_kernel", 192, False): Bound(True, 34, 21),
+    ("hidden_gradients_kernel", 192, True): Bound(True, 44, 33),
+    ("hidden_gradients_kernel", 768, True): Bound(True, 53, 69),
 }
 
 

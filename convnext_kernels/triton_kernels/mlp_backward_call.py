@@ -136,7 +136,7 @@ class MlpBackward:
     def plan(self, workspace_bytes: int) -> list[_Chunk]:
         """Chooses the tiles, allocates the buffers and parts, and returns the chunks that the buffers hold."""
         c, k, grn = self.channels, self.hidden, self.grn_weight is not None
-        form = "_grn" if grn else "_kept" if self.kept is not None else ""
+        form = "_kept" if self.kept is not None else "_grn" if grn else ""
         self.weight_tiles = self.config("mlp_backward_weight")
         self.norm_pieces = launch.column_pieces(c)
         self.fused_norm = sum(self.norm_pieces) <= MOST_ROW_COLUMNS
@@ -146,9 +146,9 @@ class MlpBackward:
         )
         if self.fused_rows:  # it makes hat and u for itself
             self.normalised, self.copied = self.fc1_sums, self.copied and self.fc2_sums
-        self.hidden_tiles = self.config("mlp_backward_rows" if self.fused_rows else "mlp_backward_hidden" + form)
+        hidden_tiles = self.config("mlp_backward_rows" if self.fused_rows else "mlp_backward_hidden" + form)
+        self.hidden_tiles = launch.constants_of(hidden_tiles)
         if self.fused_rows:
-            self.hidden_tiles = launch.constants_of(self.hidden_tiles)
             self.norm_tiles = self.hidden_tiles
         elif self.fused_norm:
             self.norm_tiles = self.config("mlp_backward_norm")

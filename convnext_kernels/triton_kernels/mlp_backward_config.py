@@ -1,10 +1,12 @@
 """The tiles of layer_norm_mlp's backward: defaults, and what tuning tries. None has been timed on a GPU; each default
-compiles without stack on its chips (tests/test_triton_mlp_backward.py).
+compiles without stack on its chips, or with as much as is said (tests/test_triton_mlp_backward.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+
+import torch
 
 from . import config, launch
 
@@ -29,16 +31,26 @@ def _stages(problem: config.Problem, stage_bytes: int, most: int = 3) -> int:
     return max(1, min(most, buffers)) + (not _asynchronous(problem))
 
 
-def _hidden_default(problem: config.Problem, block_n: int = 128) -> config.Config:
+def _hidden(m: int, n: int, c: int, warps: int, stages: int, programs: int = 1) -> config.Config:
+    blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_C": c, "GROUP": 8, "PROGRAMS": programs}
+    return config.Config(blocks, num_warps=warps, num_stages=stages)
+
+
+def _hidden_default(problem: config.Problem, block_n: int = 128, grn: bool = False) -> config.Config:
     if problem.dtype.itemsize == 4:  # products of fp32 run on the fp32 units, out of registers
-        return config.Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_C": 16, "GROUP": 8}, num_warps=8, num_stages=2)
+        return _hidden(64, 64, 16, 8, 2)
     block_m, block_c = 128, 64 if problem.channels % 64 == 0 else 32
     if problem.channels % block_c:  # masks along C take registers too
         block_n = 64
     if not _asynchronous(problem):
         block_m, block_n, block_c = 64, 128, 32
-    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_C": block_c, "GROUP": 8}
-    return config.Config(blocks, num_warps=8, num_stages=_stages(problem, 4 * (block_m + block_n) * block_c))
+    # Two blocks share a multiprocessor, so that GELU in one runs under the products of the other. Some registers wait
+    # for the second product on the stack: up to 10 % of the bytes that a block reads, with GRN up to 30. (GRN in fp16
+    # has fp32 summands, and two blocks not the shared memory for them; C = 128 without GRN would leave 40 % there.)
+    two = problem.dtype == torch.bfloat16 if grn else problem.channels > 128
+    programs = 2 if problem.chip == 90 and block_n == 128 and two else 1
+    stages = _stages(problem, 2 * programs * (block_m + block_n) * block_c)
+    return _hidden(block_m, block_n, block_c, 8, stages, programs)
 
 
 def _weight_default(problem: config.Problem) -> config.Config:
@@ -123,8 +135,9 @@ def _hidden_candidates(problem: config.Problem) -> Iterator[config.Config]:
     for m, n, warps in ((128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 128, 8), (64, 128, 4), (64, 64, 4)):
         for c in (32, 64):
             for stages in (2, 3, 4):
-                blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_C": c, "GROUP": 8}
-                yield config.Config(blocks, num_warps=warps, num_stages=stages)
+                yield _hidden(m, n, c, warps, stages)
+    for c, stages in ((64, 3), (64, 2), (32, 5)):
+        yield _hidden(128, 128, c, 8, stages, 2)
 
 
 def _weight_candidates(problem: config.Problem) -> Iterator[config.Config]:
@@ -171,7 +184,7 @@ config.declare("mlp_backward_workspace", default=_workspace_default, candidates=
 config.declare("mlp_backward_hidden", default=_hidden_default, candidates=_hidden_candidates)
 # An epilogue that loads h, and GRN's but on sm_90, need registers that a wide tile's sums would take.
 for _form, _default in (
-    ("grn", lambda problem: _hidden_default(problem, 128 if problem.chip == 90 else 64)),
+    ("grn", lambda problem: _hidden_default(problem, 128 if problem.chip == 90 else 64, grn=True)),
     ("kept", lambda problem: _hidden_default(problem, 64)),
 ):
     config.declare(f"mlp_backward_hidden_{_form}", default=_default, candidates=_hidden_candidates)

@@ -9,6 +9,7 @@ and E the bytes of an element in the counts below; what other tiles have brought
 import triton
 import triton.language as tl
 
+from . import launch
 from .device import add_product, gelu_and_derivative, live_rows, row_position, tile_order
 from .epilogue import halves
 from .grn import images_at_once, store_image_sums, summands
@@ -22,6 +23,9 @@ __all__ = [
     "load_weight",
     "weight_gradient_kernel",
 ]
+
+
+_INTERPRETED = tl.constexpr(launch.INTERPRETED)
 
 
 @triton.jit
@@ -60,6 +64,52 @@ def add_sums(part, values, first, COUNT: tl.constexpr, COLUMNS: tl.constexpr, ac
     add_to(part + column, tl.sum(values, 0), column < COLUMNS, accumulate)
 
 
+@triton.jit
+def _store_columns(matrix, values, row, inside, first, COUNT: tl.constexpr, K: tl.constexpr):
+    """matrix[row, first : first + COUNT] = values in the rows `inside` and in columns below K."""
+    column = first + tl.arange(0, COUNT)
+    pointers = matrix + row.to(tl.int64)[:, None] * K + column[None, :]
+    tl.store(pointers, values.to(matrix.dtype.element_ty), mask=inside[:, None] & (column < K)[None, :])
+
+
+@triton.jit
+def _in_registers(x):
+    """x. 16-bit numbers are made here: by itself the compiler leaves their last steps to where they are used, and keeps
+    what these start from instead, in four times the registers."""
+    if x.dtype.primitive_bitwidth == 16 and not _INTERPRETED:
+        x = tl.inline_asm_elementwise("", "=r,0", [x], dtype=x.dtype, is_pure=False, pack=2)
+    return x
+
+
+@triton.jit
+def _activate(
+    h, g, row, inside, first, dtype: tl.constexpr, COUNT: tl.constexpr, K: tl.constexpr,
+    TANH: tl.constexpr, DEGREE: tl.constexpr, GRN: tl.constexpr, HELD: tl.constexpr,
+):  # fmt: skip
+    """Stores GELU(h), or h for GRN, in columns `first` to first + COUNT of g, and returns what the gradients need of
+    it, in `dtype`: GELU'(h), or for GRN `summands` of GELU(h), which fp16 makes of it later. HELD: it waits for dg."""
+    if COUNT > 64:  # all of GELU's intermediate results would not fit beside h
+        H: tl.constexpr = COUNT // 2
+        left, right = halves(h, COUNT)
+        left = _activate(left, g, row, inside, first, dtype, H, K, TANH, DEGREE, GRN, HELD)
+        right = _activate(right, g, row, inside, first + H, dtype, H, K, TANH, DEGREE, GRN, HELD)
+        needed = tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (h.shape[0], COUNT))
+    else:
+        if GRN:  # the next pass activates the rounded h: GRN's norms are those of the same values
+            stored = h.to(dtype)
+            needed, _ = gelu_and_derivative(stored.to(tl.float32), TANH, DEGREE)
+            if dtype == tl.bfloat16:
+                needed = summands(needed, dtype, False)
+        else:
+            stored, needed = gelu_and_derivative(h, TANH, DEGREE)
+        if g is not None:
+            _store_columns(g, stored, row, inside, first, COUNT, K)
+        needed = needed.to(dtype)
+        if HELD:
+            needed = _in_registers(needed)
+    return needed
+
+
 @triton.jit(do_not_specialize=["first", "rows", "rows_per_sample"])
 def hidden_gradients_kernel(
     hat, u, kept, fc1_weight, fc1_factor, fc1_bias, fc2_weight, fc2_factor, order, live_count, g, dh,
@@ -67,10 +117,13 @@ def hidden_gradients_kernel(
     C: tl.constexpr, K: tl.constexpr, TANH: tl.constexpr, DEGREE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """h = hat W1^T + b1 and dg = u W2 in one loop over C, then g = GELU(h) and dh = dg * GELU'(h).
+    """h = hat W1^T + b1, g = GELU(h), dg = u W2 and dh = dg * GELU'(h).
 
     hat, u (rows, C); fc1_weight (K, C), fc2_weight (C, K) with LayerNorm's and the layer's scale in them, except for
     the factors (1) where given. h is read from `kept` (N, ..., K) where there is no `hat`.
+
+    One product after the other, and of the first only what the last line needs stays, in 16 bits: so two programs share
+    a multiprocessor, and GELU in one runs under the products of the other.
 
     With GRN (square_parts): `g` gets h and `dh` gets dg, and the parts (tiles of rows + images, K) get the sums over an
     image's rows in a tile of g^2, dg * g and dg. Tile t and image i meet in part t + i: going down the rows t or i, or
@@ -92,56 +145,54 @@ def hidden_gradients_kernel(
     inside = row < live
     near = tl.minimum(row, live - 1)  # rows that can be read
 
-    h = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    dg = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if hat is not None or u is not None:
-        for c in range(0, C, BLOCK_C):
-            channel = c + tl.arange(0, BLOCK_C)
-            if hat is not None:
-                weight = load_weight(fc1_weight, column, channel, K, C, EVEN_K and EVEN_C)
-                h = add_product(h, load_tile(hat, near, channel, C, EVEN_C), weight.T)
-            if u is not None:
-                weight = load_weight(fc2_weight, channel, column, C, K, EVEN_K and EVEN_C)
-                dg = add_product(dg, load_tile(u, near, channel, C, EVEN_C), weight)
-
     if kept is not None:
         _, position = row_position(first + near, order, rows_per_sample)
         h = load_tile(kept, position, column, K, EVEN_K).to(tl.float32)
     else:
+        h = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for c in range(0, C, BLOCK_C):
+            channel = c + tl.arange(0, BLOCK_C)
+            weight = load_weight(fc1_weight, column, channel, K, C, EVEN_K and EVEN_C)
+            h = add_product(h, load_tile(hat, near, channel, C, EVEN_C), weight.T)
         if fc1_factor is not None:
             h *= tl.load(fc1_factor)
         if fc1_bias is not None:
             h += tl.load(fc1_bias + column, mask=in_columns, other=0.0).to(tl.float32)[None, :]
-    if fc2_factor is not None:
-        dg *= tl.load(fc2_factor)
-
-    out = row.to(tl.int64)[:, None] * K + column[None, :]
-    mask = inside[:, None] & in_columns[None, :]
-    if square_parts is None:
-        activated, slope = gelu_and_derivative(h, TANH, DEGREE)
-        if g is not None:
-            tl.store(g + out, activated.to(g.dtype.element_ty), mask=mask)
-        if dh is not None:
-            tl.store(dh + out, (dg * slope).to(dh.dtype.element_ty), mask=mask)
-    else:
-        # The next pass activates the rounded h: GRN's norms are those of the same values.
-        rounded = h.to(g.dtype.element_ty)
-        tl.store(g + out, rounded, mask=mask)
-        activated, _ = gelu_and_derivative(rounded.to(tl.float32), TANH, DEGREE)
-        if u is not None:
-            tl.store(dh + out, dg.to(dh.dtype.element_ty), mask=mask)
+    GRN: tl.constexpr = square_parts is not None
+    HELD: tl.constexpr = u is not None
+    dtype: tl.constexpr = g.dtype.element_ty if g is not None else dh.dtype.element_ty
+    needed = _activate(h, g, row, inside, tile_n * BLOCK_N, dtype, BLOCK_N, K, TANH, DEGREE, GRN, HELD)
+    if GRN:
         image = row // rows_per_sample
         first_image = tile_m * BLOCK_M // rows_per_sample
         last_image = (tl.minimum(tile_m * BLOCK_M + BLOCK_M, live) - 1) // rows_per_sample
-        dtype: tl.constexpr = g.dtype.element_ty
         STEP: tl.constexpr = images_at_once(dtype)
-        a, d = summands(activated, dtype, False), summands(dg, dtype, True)
+        a = needed
+        if dtype == tl.float16:
+            a = summands(needed.to(tl.float32), dtype, False)
         for i in range(first_image, last_image + 1, STEP):
             part, images = tile_m + i, last_image - i + 1
             store_image_sums(square_parts, a * a, image, i, inside, part, images, column, K, STEP)
-            if u is not None:
+
+    if HELD:
+        dg = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for c in range(0, C, BLOCK_C):
+            channel = c + tl.arange(0, BLOCK_C)
+            weight = load_weight(fc2_weight, channel, column, C, K, EVEN_K and EVEN_C)
+            dg = add_product(dg, load_tile(u, near, channel, C, EVEN_C), weight)
+        if fc2_factor is not None:
+            dg *= tl.load(fc2_factor)
+        if GRN:
+            _store_columns(dh, dg, row, inside, tile_n * BLOCK_N, BLOCK_N, K)
+            d = summands(dg, dtype, True)
+            if dtype == tl.float16:
+                a = summands(needed.to(tl.float32), dtype, False)
+            for i in range(first_image, last_image + 1, STEP):
+                part, images = tile_m + i, last_image - i + 1
                 store_image_sums(product_parts, d * a, image, i, inside, part, images, column, K, STEP)
                 store_image_sums(grad_parts, d, image, i, inside, part, images, column, K, STEP)
+        elif dh is not None:
+            _store_columns(dh, dg * needed.to(tl.float32), row, inside, tile_n * BLOCK_N, BLOCK_N, K)
 
 
 @triton.jit

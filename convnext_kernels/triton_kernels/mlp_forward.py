@@ -34,7 +34,7 @@ WORKSPACE_BYTES = 256 << 20
 PER_SAMPLE_WASTE = 1 / 7
 
 
-# --- configurations. None has been timed on a GPU; each compiles without stack on its chips (tests/test_triton_mlp.py).
+# --- configurations. None has been timed on a GPU; each compiles with next to no stack (tests/test_triton_mlp.py).
 #     The reasons are arithmetic. A fused tile of M rows multiplies M FLOP for a byte of weights from L2, which has some
 #     24 bytes a cycle for each multiprocessor of a Hopper: 64 rows keep up where GELU is the longer part (C up to 128),
 #     C = 192 wants 128, and at C = 384 two kernels should be faster. GRN by the fused form computes the first product
@@ -94,11 +94,11 @@ def _default_fc1(problem: config.Problem) -> config.Config:
 
 
 def _default_fc2(problem: config.Problem) -> config.Config:
-    # No GELU to hide: one large tile a multiprocessor, where there are rows enough for that.
-    if problem.dtype.itemsize == 2 and problem.chip in _HOPPER_AND_LATER:
-        if problem.channels % 256 == 0 and problem.rows > 8192:
-            return _product(128, 256, 64, 1, True, 8, 3)
-        return _product(128, 128, 64, 1, True, 8, 4)
+    # No GELU to hide: one large tile a multiprocessor, where there are rows enough for that. Else two: while one reads
+    # the residual and writes y, the other multiplies.
+    tensor_cores = problem.dtype.itemsize == 2 and problem.chip in _HOPPER_AND_LATER
+    if tensor_cores and problem.channels % 256 == 0 and problem.rows > 8192:
+        return _product(128, 256, 64, 1, True, 8, 3)
     return _default_fc1(problem)
 
 
@@ -460,7 +460,7 @@ def _run_two_kernels(call: _Call) -> None:
             call.y,
             *where,
             **call.math,
-            **launch.constants_of(fc2.meta, bounded=False),
+            **launch.constants_of(fc2.meta, bounded=chip.capability == 90),
             PER_SAMPLE=per_sample,
         )
 
