@@ -156,10 +156,10 @@ class _Accesses:
 
 
 def accesses_checked():
-    """An access outside every tensor of its launch raises, and a race does, by itself the interpreter sees neither.
+    """An access outside every tensor of its launch raises, and a race does. By itself the interpreter sees neither.
 
-    A race: two programs of a launch access a place and one of them writes; or one program reads what it has written
-    since its last barrier, which another of its threads may have done.
+    A race: two programs of a launch access a place and one of them writes; one program reads what it has written since
+    its last barrier, which another of its threads may have done; or it writes two values to one place at once.
     """
     executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
     begin, load, store = executor._init_args_hst, builder.create_masked_load, builder.create_masked_store

@@ -45,9 +45,10 @@ def _hidden_default(problem: config.Problem, block_n: int = 128, grn: bool = Fal
     if not _asynchronous(problem):
         block_m, block_n, block_c = 64, 128, 32
     # Two blocks share a multiprocessor, so that GELU in one runs under the products of the other. Some registers wait
-    # for the second product on the stack: up to 10 % of the bytes that a block reads, with GRN up to 30. (GRN in fp16
-    # has fp32 summands, and two blocks not the shared memory for them; C = 128 without GRN would leave 40 % there.)
-    two = problem.dtype == torch.bfloat16 if grn else problem.channels > 128
+    # for the second product on the stack, which adds up to 10 % to the bytes that a block reads, with GRN 5 to 55. GRN
+    # in fp16 has fp32 summands, and two blocks not the shared memory for them. Without GRN C = 128 and what is no
+    # multiple of 64 would add 70 to 130 %.
+    two = problem.dtype == torch.bfloat16 if grn else problem.channels > 128 and block_c == 64
     programs = 2 if problem.chip == 90 and block_n == 128 and two else 1
     stages = _stages(problem, 2 * programs * (block_m + block_n) * block_c)
     return _hidden(block_m, block_n, block_c, 8, stages, programs)
