@@ -1,7 +1,7 @@
 """How many instructions layer_norm_mlp's Triton kernels issue for a hidden number on sm_90: counted in machine code.
 
 GELU and what is summed beside it take longer than the matrix products up to some hundred channels, so these numbers
-are times. The bounds are a tenth above what Triton 3.6 to 3.8 make; benchmarks/NOTES.md has what they mean.
+are times. The bounds are at most a tenth above what Triton 3.6 to 3.8 make; benchmarks/NOTES.md has what they mean.
 """
 
 from typing import NamedTuple

@@ -83,22 +83,24 @@ def test_tf32_has_10_bits():
     a, sums = torch.eye(16), torch.empty(16, 16)
     for precision, expected in (("tf32", 1.0), ("ieee", not_read)):
         for factor, value in ((last_read, last_read), (not_read, expected)):
-            launch.run(_tf32_kernel, (1,), a, torch.full((16, 16), factor), sums, N=16, PRECISION=precision)
-            assert sums.eq(value).all()
+            b = torch.full((16, 16), factor)
+            for factors in ((a, b), (b, a)):
+                launch.run(_tf32_kernel, (1,), *factors, sums, N=16, PRECISION=precision)
+                assert sums.eq(value).all()
 
 
 # --- accesses
+
+
+@interpreted
+def test_fresh_memory_is_seen():
+    assert torch.empty(5, dtype=torch.bfloat16).isnan().all()
 
 
 @triton.jit
 def _copy_kernel(x, y, N: tl.constexpr, SHIFT: tl.constexpr):
     i = tl.arange(0, N)
     tl.store(y + i, tl.load(x + i + SHIFT))
-
-
-@interpreted
-def test_fresh_memory_is_seen():
-    assert torch.empty(5, dtype=torch.bfloat16).isnan().all()
 
 
 @interpreted

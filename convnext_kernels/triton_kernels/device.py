@@ -9,12 +9,16 @@ import torch
 import triton
 import triton.language as tl
 
+from . import launch
+
 __all__ = [
+    "INTERPRETED",
     "add_product",
     "gelu",
     "gelu_and_derivative",
     "gelu_degree",
     "gelu_derivative",
+    "in_registers",
     "live_rows",
     "load_columns",
     "row_position",
@@ -22,6 +26,9 @@ __all__ = [
     "tile_order",
     "tile_rows",
 ]
+
+#: launch.INTERPRETED, for kernels.
+INTERPRETED = tl.constexpr(launch.INTERPRETED)
 
 # --- GELU
 
@@ -117,6 +124,15 @@ def gelu_derivative(x, TANH: tl.constexpr, DEGREE: tl.constexpr):
     """The derivative of GELU at an fp32 tensor."""
     _, slope = gelu_and_derivative(x, TANH, DEGREE)
     return slope
+
+
+@triton.jit
+def in_registers(x):
+    """x. 16-bit numbers are made here: by itself the compiler leaves their last steps to where they are used, and keeps
+    what these start from instead, in four times the registers."""
+    if x.dtype.primitive_bitwidth == 16 and not INTERPRETED:
+        x = tl.inline_asm_elementwise("", "=r,0", [x], dtype=x.dtype, is_pure=False, pack=2)
+    return x
 
 
 # --- rows of C columns, held in two pieces of a power of two of columns each, 0 to C0 and C0 to C0 + C1 (C1 may be 0);

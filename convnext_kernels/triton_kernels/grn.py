@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from . import launch
+from .device import INTERPRETED
 
 __all__ = [
     "images_at_once",
@@ -38,10 +39,6 @@ def partials_shape(tiles: int, hidden: int, block_m: int, rows_per_sample: int, 
 #     takes 340. A product with a matrix of ones and zeros, which row is of which image, does 16 images in 100.
 
 
-#: Triton 3.6's interpreter lets NaN pass tl.minimum, which PTX's min does not; a selection takes two instructions more.
-_INTERPRETED = tl.constexpr(launch.INTERPRETED)
-
-
 @triton.constexpr_function
 def images_at_once(dtype):
     """Of how many images a step makes the sums: fp32 ones are not rounded for a product."""
@@ -57,7 +54,9 @@ def summands(values, dtype: tl.constexpr, SIGNED: tl.constexpr):
     no other image's sum. (A row that is not inside may have anything.) SIGNED: some may be far below 0.
     """
     if dtype != tl.float32:
-        if _INTERPRETED:
+        # Triton 3.6's interpreter lets NaN pass tl.minimum, which PTX's min does not. A selection would be two
+        # instructions more.
+        if INTERPRETED:
             values = tl.where(values < 2.0**63, values, 2.0**63)
         else:
             values = tl.minimum(values, 2.0**63)

@@ -9,8 +9,7 @@ and E the bytes of an element in the counts below; what other tiles have brought
 import triton
 import triton.language as tl
 
-from . import launch
-from .device import add_product, gelu_and_derivative, live_rows, row_position, tile_order
+from .device import add_product, gelu_and_derivative, in_registers, live_rows, row_position, tile_order
 from .epilogue import halves
 from .grn import images_at_once, store_image_sums, summands
 
@@ -23,9 +22,6 @@ __all__ = [
     "load_weight",
     "weight_gradient_kernel",
 ]
-
-
-_INTERPRETED = tl.constexpr(launch.INTERPRETED)
 
 
 @triton.jit
@@ -73,15 +69,6 @@ def _store_columns(matrix, values, row, inside, first, COUNT: tl.constexpr, K: t
 
 
 @triton.jit
-def _in_registers(x):
-    """x. 16-bit numbers are made here: by itself the compiler leaves their last steps to where they are used, and keeps
-    what these start from instead, in four times the registers."""
-    if x.dtype.primitive_bitwidth == 16 and not _INTERPRETED:
-        x = tl.inline_asm_elementwise("", "=r,0", [x], dtype=x.dtype, is_pure=False, pack=2)
-    return x
-
-
-@triton.jit
 def _activate(
     h, g, row, inside, first, dtype: tl.constexpr, COUNT: tl.constexpr, K: tl.constexpr,
     TANH: tl.constexpr, DEGREE: tl.constexpr, GRN: tl.constexpr, HELD: tl.constexpr,
@@ -106,7 +93,7 @@ def _activate(
             _store_columns(g, stored, row, inside, first, COUNT, K)
         needed = needed.to(dtype)
         if HELD:
-            needed = _in_registers(needed)
+            needed = in_registers(needed)
     return needed
 
 
@@ -185,8 +172,6 @@ def hidden_gradients_kernel(
         if GRN:
             _store_columns(dh, dg, row, inside, tile_n * BLOCK_N, BLOCK_N, K)
             d = summands(dg, dtype, True)
-            if dtype == tl.float16:
-                a = summands(needed.to(tl.float32), dtype, False)
             for i in range(first_image, last_image + 1, STEP):
                 part, images = tile_m + i, last_image - i + 1
                 store_image_sums(product_parts, d * a, image, i, inside, part, images, column, K, STEP)
