@@ -37,7 +37,12 @@ WARNINGS = ["-Wall", "-Wextra", "-Wno-uninitialized"]  # the last: false alarms 
 KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-math-errno"]
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
-X86_CAPABILITIES = {"portable": [], "avx2": _AVX2, "avx512": _AVX2 + _AVX512}
+X86_CAPABILITIES = {
+    "portable": [],
+    "avx2": _AVX2,
+    "avx512": _AVX2 + _AVX512,
+    "avx512_bf16": [*_AVX2, *_AVX512, "-mavx512bf16"],
+}
 
 
 @dataclass

@@ -47,7 +47,7 @@ PYBIND11_MODULE(_C, m) {
         "(the one built with), plan (the words in which the build announced itself).");
   m.def(
       "cpu_capability", [] { return convnext_kernels::name_of(convnext_kernels::cpu_capability()); },
-      "The CPU kernels that run on this processor: 'portable', 'avx2' or 'avx512'. RuntimeError if "
+      "The CPU kernels that run on this processor: 'portable', 'avx2', 'avx512' or 'avx512_bf16'. RuntimeError if "
       "CONVNEXT_KERNELS_CPU_CAPABILITY names another.");
   py::module_ plans = m.def_submodule("plans", "The launch plans of the CUDA kernels: functions of shape and chip.");
   convnext_kernels::bind_chip(plans);

@@ -153,7 +153,7 @@ def _process(*command, **environment):
     [
         pytest.param(
             "CONVNEXT_KERNELS_CPU_CAPABILITY",
-            "expected portable, avx2 or avx512",
+            "expected portable, avx2, avx512 or avx512_bf16",
             marks=pytest.mark.skipif(native.status().bindings is None, reason="the libraries come without bindings"),
         ),
         ("CONVNEXT_KERNELS_BACKEND", "expected one of auto, cpu, cuda, triton, reference, got 'sse9'"),

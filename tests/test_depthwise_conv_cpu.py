@@ -262,7 +262,7 @@ def test_arguments_are_not_written():
     assert all(torch.equal(a, b) for a, b in zip(arguments, copies, strict=True))
 
 
-@pytest.mark.parametrize("capability", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("capability", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_every_capability(capability):
     """The numerics again in a process that runs the kernels compiled for another instruction set."""
     environment = {**os.environ, "CONVNEXT_KERNELS_CPU_CAPABILITY": capability}

@@ -36,7 +36,7 @@ def _cpu_matrix_products(bindings: Any) -> str:
     """What multiplies the MLP's matrices on the CPU: csrc/mlp/cpu_gemm.h."""
     if bindings is None:
         return "unknown"
-    if bindings.cpu_capability() != "avx512":
+    if not bindings.cpu_capability().startswith("avx512"):
         return "PyTorch's default, as there is no AVX-512"
     if not torch.backends.mkldnn.is_available():
         return "PyTorch's default, as this PyTorch is without oneDNN"

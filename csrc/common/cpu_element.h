@@ -1,7 +1,7 @@
 // Element types at run time, as a table of CPU kernels takes them. Plain: included by kernels and by cpu.cpp alike.
 #pragma once
 
-#ifndef CONVNEXT_KERNELS_X86  // whether there are builds of the kernels for avx2 and avx512
+#ifndef CONVNEXT_KERNELS_X86  // whether there are builds of the kernels for avx2 and beyond
 #if defined(__x86_64__)
 #define CONVNEXT_KERNELS_X86 1
 #else

@@ -12,7 +12,7 @@
 #endif
 
 #ifndef CPU_CAPABILITY
-#error "compile with -DCPU_CAPABILITY=portable, avx2 or avx512"
+#error "compile with -DCPU_CAPABILITY=portable, avx2, avx512 or avx512_bf16"
 #endif
 
 namespace convnext_kernels::CPU_CAPABILITY {
@@ -157,6 +157,11 @@ template <class T>
 CK_INLINE void store(T* to, Vector<Accumulation<T>> value) {
   if constexpr (sizeof(T) == sizeof(Accumulation<T>)) {
     std::memcpy(to, &value, sizeof(value));
+#if defined(__AVX512BF16__)
+  } else if constexpr (__is_same(T, bfloat16)) {  // to the nearest as below, but subnormal numbers become 0
+    const __m256bh halves = _mm512_cvtneps_pbh(bit_copy<__m512>(value));
+    std::memcpy(to, &halves, sizeof(halves));
+#endif
   } else if constexpr (__is_same(T, bfloat16)) {
     using Bits = VectorOf<float>::bits;
     const Bits bits = bit_copy<Bits>(value);

@@ -15,16 +15,11 @@ using namespace depthwise_conv;
 
 const Kernels& kernels() {
 #if CONVNEXT_KERNELS_X86
-  switch (cpu_capability()) {
-    case CpuCapability::kAvx512:
-      return avx512::depthwise_conv_kernels;
-    case CpuCapability::kAvx2:
-      return avx2::depthwise_conv_kernels;
-    case CpuCapability::kPortable:
-      break;
-  }
-#endif
+  return of_this_processor({&portable::depthwise_conv_kernels, &avx2::depthwise_conv_kernels,
+                            &avx512::depthwise_conv_kernels, &avx512_bf16::depthwise_conv_kernels});
+#else
   return portable::depthwise_conv_kernels;
+#endif
 }
 
 int64_t lanes_of(ScalarType accumulation) {

@@ -77,4 +77,7 @@ extern const depthwise_conv::Kernels depthwise_conv_kernels;
 namespace convnext_kernels::avx512 {
 extern const depthwise_conv::Kernels depthwise_conv_kernels;
 }
+namespace convnext_kernels::avx512_bf16 {
+extern const depthwise_conv::Kernels depthwise_conv_kernels;
+}
 #endif

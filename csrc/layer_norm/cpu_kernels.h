@@ -37,4 +37,7 @@ extern const LayerNormKernels layer_norm_kernels;
 namespace convnext_kernels::avx512 {
 extern const LayerNormKernels layer_norm_kernels;
 }
+namespace convnext_kernels::avx512_bf16 {
+extern const LayerNormKernels layer_norm_kernels;
+}
 #endif

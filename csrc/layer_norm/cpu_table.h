@@ -9,16 +9,11 @@ namespace convnext_kernels {
 
 inline const LayerNormKernels& layer_norm_kernels() {
 #if CONVNEXT_KERNELS_X86
-  switch (cpu_capability()) {
-    case CpuCapability::kAvx512:
-      return avx512::layer_norm_kernels;
-    case CpuCapability::kAvx2:
-      return avx2::layer_norm_kernels;
-    case CpuCapability::kPortable:
-      break;
-  }
-#endif
+  return of_this_processor({&portable::layer_norm_kernels, &avx2::layer_norm_kernels, &avx512::layer_norm_kernels,
+                            &avx512_bf16::layer_norm_kernels});
+#else
   return portable::layer_norm_kernels;
+#endif
 }
 
 // Partial sums (parts, columns) of the accumulation type; without memory, and all pointers null, where not `wanted`.

@@ -44,7 +44,7 @@ class MatrixProducts {
       : like_(like),
         type_(type),
         onednn_((type == ScalarType::Float || type == ScalarType::BFloat16) &&
-                cpu_capability() == CpuCapability::kAvx512 && has_onednn(like)) {}
+                cpu_capability() >= CpuCapability::kAvx512 && has_onednn(like)) {}
 
   bool onednn() const { return onednn_; }
 

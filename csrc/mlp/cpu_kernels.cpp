@@ -24,7 +24,7 @@ void gelu_as(int64_t rows, int64_t columns, const T* x, const void* biases, T* y
     for_columns<A>(columns, [&](int64_t c, auto part) {
       Vector<A> h = load(x + c, part);
       if (bias) h += load(bias + c, part);
-      const Vector<A> g = h * gelu_gate<kTanh>(h).gate;
+      const Vector<A> g = h * gelu_gate<T, kTanh>(h).gate;
       store(y + c, g, part);
       if (squares) {
         const Vector<A> stored = rounded<T>(g);
@@ -82,7 +82,7 @@ void gelu_backward_as(const HiddenRows& hidden) {
     for_columns<A>(hidden.columns, [&](int64_t c, auto part) {
       Vector<A> h = load(x + start + c, part);
       if (bias) h += load(bias + c, part);
-      const Gate<A> gate = gelu_gate<kTanh>(h);
+      const Gate<A> gate = gelu_gate<T, kTanh>(h);
       const Vector<A> g = h * gate.gate;
       if (grad) {
         Vector<A> d = load(grad + start + c, part);
@@ -124,7 +124,7 @@ void grn_backward_sums_as(const HiddenRows& hidden, const GrnSums& sums) {
     for_columns<A>(hidden.columns, [&](int64_t c, auto part) {
       Vector<A> h = load(x + start + c, part);
       if (bias) h += load(bias + c, part);
-      const Vector<A> g = h * gelu_gate<kTanh>(h).gate;
+      const Vector<A> g = h * gelu_gate<T, kTanh>(h).gate;
       add_to(static_cast<A*>(sums.squares) + c, g * g, part);
       if (grad) {
         const Vector<A> d = load(grad + start + c, part);

@@ -81,4 +81,7 @@ extern const MlpKernels mlp_kernels;
 namespace convnext_kernels::avx512 {
 extern const MlpKernels mlp_kernels;
 }
+namespace convnext_kernels::avx512_bf16 {
+extern const MlpKernels mlp_kernels;
+}
 #endif

@@ -7,16 +7,11 @@ namespace convnext_kernels {
 
 inline const MlpKernels& mlp_kernels() {
 #if CONVNEXT_KERNELS_X86
-  switch (cpu_capability()) {
-    case CpuCapability::kAvx512:
-      return avx512::mlp_kernels;
-    case CpuCapability::kAvx2:
-      return avx2::mlp_kernels;
-    case CpuCapability::kPortable:
-      break;
-  }
-#endif
+  return of_this_processor(
+      {&portable::mlp_kernels, &avx2::mlp_kernels, &avx512::mlp_kernels, &avx512_bf16::mlp_kernels});
+#else
   return portable::mlp_kernels;
+#endif
 }
 
 }  // namespace convnext_kernels
