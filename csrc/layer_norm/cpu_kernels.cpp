@@ -6,14 +6,28 @@
 namespace convnext_kernels::CPU_CAPABILITY {
 namespace {
 
-template <class X, class Y, class A>
-CK_INLINE void normalise_row(int64_t channels, const X* x, A mean, A rstd, const A* weight, const A* bias, Y* y) {
-  for_columns<A>(channels, [&](int64_t c, auto part) {
-    Vector<A> value = (load(x + c, part) - mean) * rstd;
-    if (weight) value *= load(weight + c, part);
-    if (bias) value += load(bias + c, part);
-    store(y + c, value, part);
-  });
+template <int kRows, class X, class Y, class A>
+CK_INLINE void normalise_rows(int64_t channels, const X* x, const A* mean, const A* rstd, const A* weight,
+                              const A* bias, Y* y) {
+  const auto sweep = [&](auto affine) {
+    for_columns<A>(channels, [&](int64_t c, auto part) {
+      for (int r = 0; r < kRows; ++r) {
+        const Vector<A> hat = (load(x + r * channels + c, part) - mean[r]) * rstd[r];
+        store(y + r * channels + c, affine(hat, c, part), part);
+      }
+    });
+  };
+  // A loop a case: with a branch in it the compiler would fuse multiplications and additions in one place and not in
+  // another, and backward's normalised rows would not be forward's to the bit.
+  if (weight && bias) {
+    sweep([&](Vector<A> hat, int64_t c, auto part) { return hat * load(weight + c, part) + load(bias + c, part); });
+  } else if (weight) {
+    sweep([&](Vector<A> hat, int64_t c, auto part) { return hat * load(weight + c, part); });
+  } else if (bias) {
+    sweep([&](Vector<A> hat, int64_t c, auto part) { return hat + load(bias + c, part); });
+  } else {
+    sweep([](Vector<A> hat, int64_t, auto) { return hat; });
+  }
 }
 
 // In longer rows, of values that are not rounded to 16 bits, a second look is taken at the mean: of all but equal
@@ -21,45 +35,66 @@ CK_INLINE void normalise_row(int64_t channels, const X* x, A mean, A rstd, const
 template <class A>
 constexpr int64_t kShortRow = 8 * kLanes<A>;
 
+// Rows that are taken through a sweep together: a row's sums are one chain of additions, and those of several rows go
+// on under one another; what belongs to a column is read once for all of them. As many as the registers hold.
+constexpr int kRowsTogether = kVectorBytes == 64 ? 4 : 2;
+
+template <class A>
+CK_INLINE A reciprocal_root(A value) {
+  if constexpr (__is_same(A, double)) {
+    return 1 / __builtin_sqrt(value);
+  } else {
+    return 1 / __builtin_sqrtf(value);
+  }
+}
+
+template <int kRows, class X, class Y>
+CK_INLINE void forward_rows(int64_t channels, double eps, const X* x, const Accumulation<X>* weight,
+                            const Accumulation<X>* bias, Y* y, Accumulation<X>* means, Accumulation<X>* rstds) {
+  using A = Accumulation<X>;
+  const A count = static_cast<A>(channels);
+  Vector<A> sums[kRows] = {};
+  for_columns<A>(channels, [&](int64_t c, auto part) {
+    for (int r = 0; r < kRows; ++r) sums[r] += load(x + r * channels + c, part);
+  });
+  A mean[kRows], rstd[kRows];
+  for (int r = 0; r < kRows; ++r) mean[r] = horizontal_sum<A>(sums[r]) / count;
+
+  // A pass of its own for the variance: E[x^2] - E[x]^2 would cancel.
+  const bool twice = sizeof(X) == sizeof(A) && channels > kShortRow<A>;
+  Vector<A> squares[kRows] = {}, rests[kRows] = {};
+  for_columns<A>(channels, [&](int64_t c, auto part) {
+    for (int r = 0; r < kRows; ++r) {
+      const Vector<A> centred = existing<A>(load(x + r * channels + c, part) - mean[r], part);
+      squares[r] += centred * centred;
+      if (twice) rests[r] += centred;
+    }
+  });
+  for (int r = 0; r < kRows; ++r) {
+    const A correction = twice ? horizontal_sum<A>(rests[r]) / count : 0;
+    mean[r] += correction;
+    const A square = horizontal_sum<A>(squares[r]) / count - correction * correction;
+    rstd[r] = reciprocal_root((square < 0 ? 0 : square) + static_cast<A>(eps));  // a NaN stays
+    means[r] = mean[r];
+    rstds[r] = rstd[r];
+  }
+  normalise_rows<kRows>(channels, x, mean, rstd, weight, bias, y);
+}
+
 template <class X, class Y>
 void forward_as(int64_t rows, int64_t channels, double eps, const X* x, const void* weights, const void* biases, Y* y,
                 void* means, void* rstds) {
   using A = Accumulation<X>;
   const auto* weight = static_cast<const A*>(weights);
   const auto* bias = static_cast<const A*>(biases);
-  const A count = static_cast<A>(channels);
-  for (int64_t row = 0; row < rows; ++row, x += channels, y += channels) {
-    Vector<A> sum{}, squares{};
-    for_columns<A>(channels, [&](int64_t c, auto part) { sum += load(x + c, part); });
-    A mean = horizontal_sum<A>(sum) / count, correction = 0;
-    // A pass of its own for the variance: E[x^2] - E[x]^2 would cancel.
-    if (sizeof(X) == sizeof(A) && channels > kShortRow<A>) {
-      Vector<A> rest{};
-      for_columns<A>(channels, [&](int64_t c, auto part) {
-        const Vector<A> centred = existing<A>(load(x + c, part) - mean, part);
-        squares += centred * centred;
-        rest += centred;
-      });
-      correction = horizontal_sum<A>(rest) / count;
-      mean += correction;
-    } else {
-      for_columns<A>(channels, [&](int64_t c, auto part) {
-        const Vector<A> centred = existing<A>(load(x + c, part) - mean, part);
-        squares += centred * centred;
-      });
-    }
-    const A square = horizontal_sum<A>(squares) / count - correction * correction;
-    const A variance = (square < 0 ? 0 : square) + static_cast<A>(eps);  // a NaN stays
-    A rstd;
-    if constexpr (__is_same(A, double)) {
-      rstd = 1 / __builtin_sqrt(variance);
-    } else {
-      rstd = 1 / __builtin_sqrtf(variance);
-    }
-    normalise_row(channels, x, mean, rstd, weight, bias, y);
-    static_cast<A*>(means)[row] = mean;
-    static_cast<A*>(rstds)[row] = rstd;
-  }
+  auto* mean = static_cast<A*>(means);
+  auto* rstd = static_cast<A*>(rstds);
+  int64_t row = 0;
+  for (; row + kRowsTogether <= rows; row += kRowsTogether)
+    forward_rows<kRowsTogether>(channels, eps, x + row * channels, weight, bias, y + row * channels, mean + row,
+                                rstd + row);
+  for (; row < rows; ++row)
+    forward_rows<1>(channels, eps, x + row * channels, weight, bias, y + row * channels, mean + row, rstd + row);
 }
 
 void forward(Element x_type, Element y_type, int64_t rows, int64_t channels, double eps, const void* x,
@@ -76,8 +111,9 @@ void normalise_as(int64_t rows, int64_t channels, const X* x, const void* means,
                   const void* biases, Y* y) {
   using A = Accumulation<X>;
   for (int64_t row = 0; row < rows; ++row)
-    normalise_row(channels, x + row * channels, static_cast<const A*>(means)[row], static_cast<const A*>(rstds)[row],
-                  static_cast<const A*>(weights), static_cast<const A*>(biases), y + row * channels);
+    normalise_rows<1>(channels, x + row * channels, static_cast<const A*>(means) + row,
+                      static_cast<const A*>(rstds) + row, static_cast<const A*>(weights), static_cast<const A*>(biases),
+                      y + row * channels);
 }
 
 void normalise(Element x_type, Element y_type, int64_t rows, int64_t channels, const void* x, const void* mean,
