@@ -35,9 +35,11 @@ CK_INLINE void normalise_rows(int64_t channels, const X* x, const A* mean, const
 template <class A>
 constexpr int64_t kShortRow = 8 * kLanes<A>;
 
-// Rows that are taken through a sweep together: a row's sums are one chain of additions, and those of several rows go
-// on under one another; what belongs to a column is read once for all of them. As many as the registers hold.
-constexpr int kRowsTogether = kVectorBytes == 64 ? 4 : 2;
+// Rows of X that are taken through a sweep together: a row's sums are one chain of additions, and those of several rows
+// go on under one another; what belongs to a column is read once for all. As many as the registers hold, but one where
+// memory's rate is the limit: rows of fp32 and fp64 are then read faster one after the other.
+template <class X>
+constexpr int kRowsTogether = sizeof(X) > 2 ? 1 : kVectorBytes / 16;
 
 template <class A>
 CK_INLINE A reciprocal_root(A value) {
@@ -90,9 +92,9 @@ void forward_as(int64_t rows, int64_t channels, double eps, const X* x, const vo
   auto* mean = static_cast<A*>(means);
   auto* rstd = static_cast<A*>(rstds);
   int64_t row = 0;
-  for (; row + kRowsTogether <= rows; row += kRowsTogether)
-    forward_rows<kRowsTogether>(channels, eps, x + row * channels, weight, bias, y + row * channels, mean + row,
-                                rstd + row);
+  for (; row + kRowsTogether<X> <= rows; row += kRowsTogether<X>)
+    forward_rows<kRowsTogether<X>>(channels, eps, x + row * channels, weight, bias, y + row * channels, mean + row,
+                                   rstd + row);
   for (; row < rows; ++row)
     forward_rows<1>(channels, eps, x + row * channels, weight, bias, y + row * channels, mean + row, rstd + row);
 }
