@@ -257,7 +257,7 @@ def experiments_table(rows: list[Row]) -> str:
 
 BUSY = """\
 Some figures are above the roofline: the machine was busy when its bandwidth and matrix rates were measured, at the
-start. Do not rely on the roofline percentages here; measure again on a quiet machine."""
+start, or results went to memory that the processor's cache still held. Do not rely on the roofline percentages here."""
 
 
 def is_above_roofline(row: Row) -> bool:
